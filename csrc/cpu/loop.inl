@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one loop over a span's elements, for every rule and every pair of types. Each instruction set includes it once,
+// under its own target pragma and its own HIFT_NS, after every standard header: no inline function is shared between them.
+
+#include "core/dtype.h"
+#include "core/span.h"
+#include "cpu/table.h"
+#include "rules/all.h"
+
+namespace hift::HIFT_NS {
+
+template <class Rule, class Param, class Grad>
+void update_range(const Span& span, std::int64_t begin, std::int64_t end, float grad_factor) {
+  static_assert(Rule::states <= kMaxStates && sizeof(typename Rule::Hyper) <= sizeof span.hyper);
+  typename Rule::Hyper h;
+  memcpy(&h, span.hyper, sizeof h);
+  Param* __restrict param = static_cast<Param*>(span.param);
+  const Grad* __restrict grad = static_cast<const Grad*>(span.grad);
+  [[maybe_unused]] float* __restrict state0 = span.state[0];
+  [[maybe_unused]] float* __restrict state1 = span.state[1];
+  [[maybe_unused]] float* __restrict state2 = span.state[2];
+#pragma omp simd
+  for (std::int64_t i = begin; i < end; ++i) {
+    float p = load(param[i]);
+    const float g = load(grad[i]) * grad_factor;
+    if constexpr (Rule::states == 0) {
+      Rule::update(p, g, h);
+    } else if constexpr (Rule::states == 1) {
+      Rule::update(p, g, state0[i], h);
+    } else if constexpr (Rule::states == 2) {
+      Rule::update(p, g, state0[i], state1[i], h);
+    } else {
+      Rule::update(p, g, state0[i], state1[i], state2[i], h);
+    }
+    store(param[i], p);
+  }
+}
+
+template <class Rule>
+constexpr RuleEntry entry() {
+  return {Rule::name,
+          Rule::states,
+          static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(float)),
+          {{update_range<Rule, float, float>, nullptr, nullptr},
+           {update_range<Rule, BFloat16, float>, update_range<Rule, BFloat16, BFloat16>, nullptr},
+           {update_range<Rule, Float16, float>, nullptr, update_range<Rule, Float16, Float16>}}};
+}
+
+const RuleEntry* table() {
+#define HIFT_ENTRY(...) entry<__VA_ARGS__>(),
+  static constexpr RuleEntry entries[] = {HIFT_RULES(HIFT_ENTRY)};
+#undef HIFT_ENTRY
+  static_assert(sizeof entries / sizeof entries[0] == kRules);
+  return entries;
+}
+
+}  // namespace hift::HIFT_NS

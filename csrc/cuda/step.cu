@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sorts spans by rule and types, fills tables with them, and launches. No tensor gets a launch of
+// its own, and nothing here waits for the GPU.
+#include "cuda/step.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "core/check.h"
+#ifndef HIFT_HOST_KERNEL
+#include "cuda/runtime.h"
+#endif
+#include "cuda/kernel.h"
+
+namespace hift::cuda {
+namespace {
+
+template <int N, class T>
+bool aligned(const T* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % (sizeof(T) * N) == 0;
+}
+
+template <class Work>
+Work work_of(const Span& s, std::uint32_t first_block) {
+  Work w{};
+  w.param = static_cast<typename Work::Param*>(s.param);
+  w.grad = static_cast<const typename Work::Grad*>(s.grad);
+  w.count = s.count;
+  std::memcpy(&w.hyper, s.hyper, sizeof w.hyper);
+  w.grad_factor = s.grad_factor;
+  w.first_block = first_block;
+  w.packed = aligned<Work::kWidth>(w.param) && aligned<Work::kWidth>(w.grad);
+  for (int i = 0; i < Work::Rule::states; ++i) {
+    w.state[i] = s.state[i];
+    w.packed = w.packed && aligned<Work::kWidth>(w.state[i]);
+  }
+  return w;
+}
+
+/// Updates `count` spans of one rule and one pair of types, in as few launches as the argument's
+/// size allows.
+template <class Rule, class Param, class Grad>
+void run(const Span* const* spans, std::size_t count, const Scaling& scaling, void* stream) {
+  using Work = Work<Rule, Param, Grad>;
+  using Table = Table<Work>;
+  static_assert(Rule::states <= kMaxStates && sizeof(typename Rule::Hyper) <= sizeof(Span::hyper));
+  static_assert(sizeof(Table) <= kArgumentBytes && Table::kCapacity >= 32);
+  constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max();  // of a grid
+
+  Table table;
+  table.scaling = scaling;
+  table.size = 0;
+  std::int64_t blocks = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (table.size == Table::kCapacity) {
+      launch(update_spans<Table>, blocks, kThreads, stream, table);
+      table.size = 0;
+      blocks = 0;
+    }
+    const std::int64_t first_block = blocks;
+    blocks += (spans[i]->count - 1) / Work::kRun + 1;
+    check_argument(blocks <= kMaxBlocks, "a span of ", spans[i]->count,
+                   " elements does not fit into a launch");
+    table.work[table.size++] = work_of<Work>(*spans[i], static_cast<std::uint32_t>(first_block));
+  }
+  launch(update_spans<Table>, blocks, kThreads, stream, table);
+}
+
+struct Entry {
+  const char* name;
+  int states;
+  decltype(&run<Sgd, float, float>)
+      run[3][3];  // [parameter's DType][gradient's DType]; null where not offered
+};
+
+template <class Rule>
+constexpr Entry entry() {
+  return {Rule::name,
+          Rule::states,
+          {{run<Rule, float, float>, nullptr, nullptr},
+           {run<Rule, BFloat16, float>, run<Rule, BFloat16, BFloat16>, nullptr},
+           {run<Rule, Float16, float>, nullptr, run<Rule, Float16, Float16>}}};
+}
+
+#define HIFT_ENTRY(...) entry<__VA_ARGS__>(),
+constexpr Entry kEntries[] = {HIFT_RULES(HIFT_ENTRY)};
+#undef HIFT_ENTRY
+
+void check_span(const Span& s) {
+  check_argument(s.rule >= 0 && s.rule < kRules, "rule ", s.rule, " is not in the list of ",
+                 kRules);
+  const Entry& rule = kEntries[s.rule];
+  const int p = static_cast<int>(s.param_dtype), g = static_cast<int>(s.grad_dtype);
+  check_argument(p >= 0 && p < 3 && g >= 0 && g < 3 && rule.run[p][g] != nullptr, "rule ",
+                 rule.name, " has no kernel for parameter type ", p, " with gradient type ", g);
+  check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
+  bool present = s.param != nullptr && s.grad != nullptr;
+  for (int i = 0; i < rule.states; ++i) present = present && s.state[i] != nullptr;
+  check_argument(present || s.count == 0, "a span of ", s.count, " elements for rule ", rule.name,
+                 " has a null address");
+}
+
+int kernel_of(const Span& s) {
+  return (s.rule * 3 + static_cast<int>(s.param_dtype)) * 3 + static_cast<int>(s.grad_dtype);
+}
+
+}  // namespace
+
+void step(const Span* spans, std::size_t count, const Scaling& scaling, int device, void* stream) {
+  std::vector<const Span*> order;
+  order.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    check_span(spans[i]);
+    if (spans[i].count > 0) order.push_back(&spans[i]);
+  }
+  if (order.empty()) return;
+  std::stable_sort(order.begin(), order.end(),
+                   [](const Span* a, const Span* b) { return kernel_of(*a) < kernel_of(*b); });
+
+  const DeviceGuard guard(device);
+  for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+    const Span& first = *order[begin];
+    while (end < order.size() && kernel_of(*order[end]) == kernel_of(first)) ++end;
+    const auto& kernels = kEntries[first.rule].run[static_cast<int>(first.param_dtype)];
+    kernels[static_cast<int>(first.grad_dtype)](&order[begin], end - begin, scaling, stream);
+  }
+}
+
+}  // namespace hift::cuda

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pages of a group are updated in order. In place they join into whole parameters again, so that one parallel pass
+// covers the group; through a ring each page is a pass of its own, while its neighbours travel.
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "core/check.h"
+#include "cpu/step.h"
+
+namespace hift {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+// Parameters start on a cache line of their fp32 streams.
+constexpr std::int64_t kItemElements = 16;
+
+std::int64_t aligned(std::int64_t count) { return (count + kItemElements - 1) / kItemElements * kItemElements; }
+
+std::unique_ptr<Store> make_store(const std::string& name) {
+  if (name == "ram") return std::make_unique<RamStore>();
+  if (name == "disk") return std::make_unique<FileStore>("");
+  check_argument(name.rfind("disk:", 0) == 0 && name.size() > 5, "store '", name,
+                 "' is not one of 'ram', 'disk', 'disk:PATH'");
+  return std::make_unique<FileStore>(name.substr(5));
+}
+
+/// Whether `b` goes on where `a` ends, in every buffer, under the same rule.
+bool continues(const Span& a, const Span& b) {
+  const auto follows = [&](const void* first, const void* second, std::int64_t size) {
+    return static_cast<const std::byte*>(first) + a.count * size == second;
+  };
+  if (a.rule != b.rule || a.param_dtype != b.param_dtype || a.grad_dtype != b.grad_dtype) return false;
+  if (a.grad_factor != b.grad_factor || std::memcmp(a.hyper, b.hyper, sizeof a.hyper) != 0) return false;
+  if (!follows(a.param, b.param, size_of(a.param_dtype)) || !follows(a.grad, b.grad, size_of(a.grad_dtype))) return false;
+  for (int s = 0; s < cpu::rule(a.rule).states; ++s) {
+    if (!follows(a.state[s], b.state[s], sizeof(float))) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Engine::Engine(std::vector<Stream> streams, EngineOptions options)
+    : options_(std::move(options)), table_(std::move(streams), options_.page_bytes), store_(make_store(options_.store)) {
+  check_argument(options_.staging >= 0, "staging must not be negative: ", options_.staging);
+  check_argument(options_.readers >= 1 && options_.writers >= 1, "readers and writers must be at least 1: ",
+                 options_.readers, ", ", options_.writers);
+  ram_ = dynamic_cast<RamStore*>(store_.get());
+}
+
+Engine::~Engine() = default;
+
+void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  PageTable table = table_;
+  std::vector<std::vector<Item>> items = items_;
+  for (const auto& group : counts) {
+    std::int64_t end = 0;
+    items.emplace_back();
+    for (const std::int64_t count : group) {
+      check_argument(count >= 0, "an item's count must not be negative: ", count);
+      items.back().push_back({end, count});
+      end += aligned(count);
+    }
+    table.add_group(end);
+  }
+  if (pager_ != nullptr) pager_->flush();
+  store_->grow(table);
+  // The pager and the mover refer to the table: they go before it changes and are made anew after.
+  pager_.reset();
+  mover_.reset();
+  table_ = std::move(table);
+  items_ = std::move(items);
+  make_pager();
+}
+
+void Engine::make_pager() {
+  int slots = 0;
+  const std::int64_t slot_bytes = table_.max_record_bytes();
+  if (ram_ == nullptr && slot_bytes > 0) {
+    std::int64_t staging = options_.staging, largest = 2;
+    for (int g = 0; g < table_.groups(); ++g) largest = std::max(largest, table_.end_page(g) - table_.first_page(g));
+    if (staging == 0) staging = largest * slot_bytes;
+    check_argument(staging >= 2 * slot_bytes, "staging of ", staging, " bytes does not hold two pages of ", slot_bytes,
+                   " bytes: pass a larger staging or a smaller page_bytes");
+    slots = static_cast<int>(std::min(staging / slot_bytes, largest));
+    mover_ = std::make_unique<HostMover>(*store_, table_, slots, slot_bytes, options_.readers, options_.writers);
+  }
+  pager_ = std::make_unique<Pager>(table_, *store_, mover_.get(), slots);
+}
+
+void Engine::check(int group, const std::vector<Update>& updates) const {
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
+  std::int64_t previous = -1;
+  for (const Update& u : updates) {
+    check_argument(u.item > previous, "items of a step must ascend: ", u.item, " after ", previous);
+    check_argument(u.item < static_cast<std::int64_t>(items_[group].size()), "item ", u.item, " is not one of group ",
+                   group, "'s ", items_[group].size());
+    const RuleEntry& rule = cpu::rule(u.rule);
+    check_argument(static_cast<int>(u.hyper.size()) == rule.hypers, "rule ", rule.name, " takes ", rule.hypers,
+                   " hyper-parameters, not ", u.hyper.size());
+    check_argument(rule.states <= static_cast<int>(table_.streams().size()), "rule ", rule.name, " needs ", rule.states,
+                   " state streams; the pages have ", table_.streams().size());
+    previous = u.item;
+  }
+}
+
+std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const std::vector<Update>& updates,
+                                   const std::vector<Item>& items) const {
+  std::vector<Span> spans;
+  auto u = std::partition_point(updates.begin(), updates.end(), [&](const Update& update) {
+    return items[update.item].begin + items[update.item].count <= page.begin;
+  });
+  for (; u != updates.end() && items[u->item].begin < page.begin + page.count; ++u) {
+    const Item& item = items[u->item];
+    const std::int64_t begin = std::max(item.begin, page.begin);
+    Span s;
+    s.count = std::min(item.begin + item.count, page.begin + page.count) - begin;
+    if (s.count <= 0) continue;
+    s.param = static_cast<std::byte*>(u->param) + (begin - item.begin) * size_of(u->param_dtype);
+    s.grad = static_cast<const std::byte*>(u->grad) + (begin - item.begin) * size_of(u->grad_dtype);
+    for (int i = 0; i < cpu::rule(u->rule).states; ++i) {
+      s.state[i] = reinterpret_cast<float*>(view.stream[i] + (begin - page.begin) * table_.streams()[i].element_bytes);
+    }
+    std::copy(u->hyper.begin(), u->hyper.end(), s.hyper);
+    s.grad_factor = u->grad_factor;
+    s.rule = u->rule;
+    s.param_dtype = u->param_dtype;
+    s.grad_dtype = u->grad_dtype;
+    spans.push_back(s);
+  }
+  return spans;
+}
+
+StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling, int threads, int next) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto start = Clock::now();
+  check(group, updates);
+  check_argument(next < table_.groups(), "next group ", next, " is not one of ", table_.groups());
+  StepReport report;
+  const auto update = [&](const std::vector<Span>& spans) {
+    const auto begin = Clock::now();
+    cpu::step(spans.data(), spans.size(), scaling, threads);
+    report.update_ms += ms_since(begin);
+  };
+  const std::int64_t first = table_.first_page(group), end = table_.end_page(group);
+  const bool whole = mover_ == nullptr || end - first <= pager_->slots();
+
+  std::vector<PageView> views;
+  std::vector<Span> joined;
+  std::int64_t released = first;
+  const auto let_go = [&](bool dirty) {
+    for (; released < first + static_cast<std::int64_t>(views.size()); ++released) {
+      pager_->release(released, nullptr, dirty);
+    }
+  };
+  try {
+    for (std::int64_t p = first; p < end; ++p) {
+      views.push_back(pager_->acquire(p, nullptr));
+      if (whole) continue;
+      update(spans_of(table_.page(p), views.back(), updates, items_[group]));
+      let_go(true);
+    }
+    if (whole && mover_ == nullptr) {
+      for (std::int64_t p = first; p < end; ++p) {
+        for (const Span& s : spans_of(table_.page(p), views[p - first], updates, items_[group])) {
+          if (!joined.empty() && continues(joined.back(), s)) {
+            joined.back().count += s.count;
+          } else {
+            joined.push_back(s);
+          }
+        }
+      }
+      update(joined);
+      let_go(true);
+    } else if (whole) {
+      for (std::int64_t p = first; p < end; ++p) {
+        update(spans_of(table_.page(p), views[p - first], updates, items_[group]));
+        pager_->release(p, nullptr, true);
+        released = p + 1;
+      }
+    }
+  } catch (const std::exception& error) {
+    const std::int64_t updated = released - first;
+    let_go(false);
+    if (updated > 0) {
+      throw std::runtime_error(text("the step stopped after ", updated, " of ", end - first, " pages of group ", group,
+                                    " had been updated; repeat it only from a checkpoint. Cause: ", error.what()));
+    }
+    throw;
+  }
+  if (next >= 0) pager_->prefetch(next);
+  report.moved = pager_->take_counters();
+  report.step_ms = ms_since(start);
+  return report;
+}
+
+const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const {
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
+  check_argument(index >= 0 && index < static_cast<std::int64_t>(items_[group].size()), "item ", index,
+                 " is not one of group ", group, "'s ", items_[group].size());
+  const Item& it = items_[group][index];
+  check_argument(begin >= 0 && count >= 0 && begin <= it.count && count <= it.count - begin, "elements [", begin, ", ",
+                 begin, " + ", count, ") are outside the item's ", it.count);
+  return it;
+}
+
+void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count, std::byte* to) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  pager_->read(group, stream, item(group, index, begin, count).begin + begin, count, to);
+}
+
+void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
+                   const std::byte* from) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  pager_->write(group, stream, item(group, index, begin, count).begin + begin, count, from);
+}
+
+std::byte* Engine::address(int group, std::int64_t index, int stream, std::shared_ptr<Slab>* owner) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Item& it = item(group, index, 0, 0);
+  check_argument(stream >= 0 && stream < static_cast<int>(streams().size()), "stream ", stream, " is not one of ",
+                 streams().size());
+  if (ram_ == nullptr) return nullptr;
+  const std::int64_t last = it.begin + std::max<std::int64_t>(it.count, 1) - 1;
+  if (it.count > 0) {
+    for (std::int64_t p = table_.page_of(group, it.begin); p <= table_.page_of(group, last); ++p) {
+      if (table_.page(p).touched) continue;
+      pager_->acquire(p, nullptr);
+      pager_->release(p, nullptr, true);
+    }
+  }
+  *owner = ram_->slab(group);
+  return ram_->stream_address(table_, group, stream) + it.begin * streams()[stream].element_bytes;
+}
+
+void Engine::prefetch(int group) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
+  pager_->prefetch(group);
+}
+
+void Engine::flush() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (pager_ != nullptr) pager_->flush();
+}
+
+std::int64_t Engine::store_bytes() const { return store_->bytes(); }
+
+std::int64_t Engine::staging_bytes() const { return pager_ == nullptr ? 0 : pager_->resident_bytes(); }
+
+std::int64_t Engine::touched_bytes() const {
+  std::int64_t bytes = 0;
+  for (int g = 0; g < table_.groups(); ++g) {
+    for (std::int64_t p = table_.first_page(g); p < table_.end_page(g); ++p) {
+      if (table_.page(p).touched) bytes += table_.page(p).count * table_.element_bytes();
+    }
+  }
+  return bytes;
+}
+
+std::string Engine::description() const { return store_->description(); }
+
+}  // namespace hift

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The mover of the host: slots in one slab, and threads of its own that read and write the store.
+// It never spins; its threads take no signal.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "paging/mover.h"
+#include "paging/owner.h"
+#include "paging/store.h"
+
+namespace hift {
+
+class HostMover final : public Mover {
+ public:
+  /// `slots` slots of `slot_bytes` bytes (rounded up to the table's alignment). `store` and `table`
+  /// outlive the mover.
+  HostMover(Store& store, const PageTable& table, int slots, std::int64_t slot_bytes, int readers,
+            int writers);
+
+  /// Finishes the write-backs under way, then ends the threads. Errors are lost: drain first.
+  ~HostMover() override;
+
+  std::byte* slot_address(int slot) override;
+  std::int64_t slot_bytes() const override { return slot_bytes_; }
+  void fetch(const Page& page, int slot) override;
+  double await(int slot, void* stream) override;
+  void wait(int slot) override;
+  void write_back(const Page& page, int slot, void* stream) override;
+  void retry(int slot) override;
+  bool failed(int slot) const override;
+  std::int64_t unsaved(int slot) const override;
+  void drain() override;
+  double take_busy_ms() override;
+
+ private:
+  struct State;
+  void check(int slot) const;
+  void issue(const Page& page, int slot, bool out);
+
+  OwnerProcess owner_;
+  const PageTable& table_;
+  int slots_;
+  std::int64_t slot_bytes_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace hift

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts groups into pages. All sizes are 64-bit and checked before anything is added, so that a
+// table never holds an offset that has wrapped around.
+#include "paging/page_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "core/check.h"
+
+namespace hift {
+namespace {
+
+std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Far above any memory, far below where sums of sizes could overflow.
+constexpr std::int64_t kMaxBytes = std::numeric_limits<std::int64_t>::max() / 16;
+
+}  // namespace
+
+void fill_elements(std::byte* to, std::int64_t count, const Stream& stream) {
+  if (count == 0) return;
+  const std::int64_t bytes = count * stream.element_bytes;
+  for (std::int64_t i = 0; i < stream.element_bytes; ++i) {
+    to[i] = static_cast<std::byte>(stream.fill >> (8 * i));
+  }
+  // The filled part doubles until it is the whole.
+  for (std::int64_t done = stream.element_bytes; done < bytes;
+       done += std::min(done, bytes - done)) {
+    std::memcpy(to + done, to, static_cast<std::size_t>(std::min(done, bytes - done)));
+  }
+}
+
+PageTable::PageTable(std::vector<Stream> streams, std::int64_t page_bytes, std::int64_t alignment)
+    : streams_(std::move(streams)), prefix_{0}, page_elements_(0), alignment_(alignment) {
+  check_argument(streams_.size() <= static_cast<std::size_t>(kMaxStreams), "a page has at most ",
+                 kMaxStreams, " streams, not ", streams_.size());
+  check_argument(page_bytes > 0, "page_bytes must be positive: ", page_bytes);
+  check_argument(page_bytes <= kMaxBytes, "page_bytes is too large: ", page_bytes);
+  check_argument(alignment > 0 && (alignment & (alignment - 1)) == 0 && alignment <= (1 << 30),
+                 "the record alignment must be a power of two up to 2^30: ", alignment);
+  for (const Stream& s : streams_) {
+    check_argument(s.element_bytes == 1 || s.element_bytes == 2 || s.element_bytes == 4,
+                   "a stream has 1, 2 or 4 bytes an element, not ", s.element_bytes);
+    prefix_.push_back(prefix_.back() + s.element_bytes);
+  }
+  if (element_bytes() > 0) {
+    const std::int64_t runs = page_bytes / element_bytes() / kPageElements;
+    page_elements_ = std::max<std::int64_t>(runs, 1) * kPageElements;
+  }
+}
+
+int PageTable::add_group(std::int64_t elements) {
+  check_argument(elements >= 0, "a group's number of elements must not be negative: ", elements);
+  const std::int64_t width = std::max<std::int64_t>(element_bytes(), 1);
+  check_argument(elements <= kMaxBytes / width / 2 && end_offset_ <= kMaxBytes, "a group of ",
+                 elements, " elements of ", width, " bytes is too large");
+  const std::int64_t step =
+      page_elements_ > 0 ? page_elements_ : std::max<std::int64_t>(elements, 1);
+  const std::int64_t first = pages();
+  const int group = groups();
+  pages_.reserve(static_cast<std::size_t>(first + (elements + step - 1) / step));
+  first_page_.reserve(first_page_.size() + 1);
+  elements_.reserve(elements_.size() + 1);
+  for (std::int64_t begin = 0; begin < elements; begin += step) {
+    Page page;
+    page.index = pages();
+    page.group = group;
+    page.begin = begin;
+    page.count = std::min(step, elements - begin);
+    page.extent = round_up(page.count, kPageElements);
+    page.offset = end_offset_;
+    end_offset_ += record_bytes(page);
+    max_record_bytes_ = std::max(max_record_bytes_, record_bytes(page));
+    pages_.push_back(page);
+  }
+  first_page_.push_back(first);
+  elements_.push_back(elements);
+  return group;
+}
+
+void PageTable::check_group(int group) const {
+  check_argument(group >= 0 && group < groups(), "group ", group, " is not one of ", groups());
+}
+
+void PageTable::check_stream(int stream) const {
+  check_argument(stream >= 0 && stream < static_cast<int>(streams_.size()), "stream ", stream,
+                 " is not one of ", streams_.size());
+}
+
+std::int64_t PageTable::elements(int group) const {
+  check_group(group);
+  return elements_[group];
+}
+
+std::int64_t PageTable::first_page(int group) const {
+  check_group(group);
+  return first_page_[group];
+}
+
+std::int64_t PageTable::end_page(int group) const {
+  check_group(group);
+  return group + 1 < groups() ? first_page_[group + 1] : pages();
+}
+
+const Page& PageTable::page(std::int64_t index) const {
+  check_argument(index >= 0 && index < pages(), "page ", index, " is not one of ", pages());
+  return pages_[index];
+}
+
+void PageTable::touch(std::int64_t index) { pages_[page(index).index].touched = true; }
+
+void PageTable::forget(std::int64_t index) { pages_[page(index).index].touched = false; }
+
+std::int64_t PageTable::page_of(int group, std::int64_t element) const {
+  check_group(group);
+  check_argument(element >= 0 && element < elements_[group], "element ", element, " is not one of ",
+                 elements_[group], " in group ", group);
+  return first_page_[group] + (page_elements_ > 0 ? element / page_elements_ : 0);
+}
+
+std::int64_t PageTable::stream_offset(const Page& page, int stream) const {
+  check_stream(stream);
+  return page.extent * prefix_[stream];
+}
+
+std::int64_t PageTable::record_bytes(const Page& page) const {
+  return round_up(page.extent * element_bytes(), alignment_);
+}
+
+std::int64_t PageTable::max_record_bytes() const { return max_record_bytes_; }
+
+std::int64_t PageTable::total_record_bytes() const { return end_offset_; }
+
+std::int64_t PageTable::group_bytes(int group) const {
+  check_group(group);
+  const std::int64_t extent = round_up(elements_[group], kPageElements);
+  std::int64_t bytes = 0;
+  for (const Stream& s : streams_) bytes += round_up(extent * s.element_bytes, alignment_);
+  return bytes;
+}
+
+std::int64_t PageTable::group_stream_offset(int group, int stream) const {
+  check_group(group);
+  check_stream(stream);
+  const std::int64_t extent = round_up(elements_[group], kPageElements);
+  std::int64_t offset = 0;
+  for (int s = 0; s < stream; ++s)
+    offset += round_up(extent * streams_[s].element_bytes, alignment_);
+  return offset;
+}
+
+}  // namespace hift

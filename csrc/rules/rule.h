@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a rule is: a struct with `name`, `states`, a `Hyper` of floats and one inline `update` on plain floats.
+// Rules know arithmetic and nothing else. HIFT_NS keeps one copy of them per instruction set (see cpu/loop.inl).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifndef HIFT_NS
+#define HIFT_NS generic
+#endif
+
+#if defined(__CUDACC__)
+#define HIFT_FN __host__ __device__ __forceinline__
+#else
+#define HIFT_FN inline __attribute__((always_inline))
+#endif
+
+namespace hift::HIFT_NS {
+
+/// torch.lerp's formula: from the nearer end, so that weight 0 and 1 give the ends exactly.
+HIFT_FN float lerp(float start, float end, float weight) {
+  const bool near_start = weight < 0.5f;
+  const float coefficient = near_start ? weight : weight - 1.0f;
+  return fmaf(coefficient, end - start, near_start ? start : end);
+}
+
+/// Gradient with the L2 penalty added, as torch's `grad.add(param, alpha=weight_decay)`; 0 leaves NaN and Inf weights out of it.
+HIFT_FN float with_l2(float grad, float param, float weight_decay) {
+  return weight_decay != 0.0f ? fmaf(weight_decay, param, grad) : grad;
+}
+
+}  // namespace hift::HIFT_NS

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full-parameter fine-tuning, one group of layers a step, with paged optimizer state.
+
+`hift_ext.AdamW(model, lr=1e-5)` stands in for `torch.optim.AdamW(model.parameters(), lr=1e-5)`.
+"""
+
+from hift_ext._version import __version__
+from hift_ext.adagrad import Adagrad
+from hift_ext.adamw import Adam, AdamW
+from hift_ext.layers import Group
+from hift_ext.optimizer import HiFTOptimizer
+from hift_ext.options import HiFTOptions
+from hift_ext.sgd import SGD
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Group",
+    "HiFTOptimizer",
+    "HiFTOptions",
+    "__version__",
+]

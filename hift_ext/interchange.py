@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in and out of an optimizer: torch's state_dict in both directions, copies and pickles.
+
+A tensor at a time, so that loading never holds all state twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hift_ext.freezing import FreezeHook, Freezer
+from hift_ext.paged_state import PagedState
+
+if TYPE_CHECKING:
+    from hift_ext.optimizer import HiFTOptimizer
+
+
+def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
+    """Implements `HiFTOptimizer.load_state_dict`."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+
+    groups = _merged_groups(optimizer, state_dict["param_groups"])
+    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    members = [p for group in groups for p in group["params"]]
+    param_of = dict(zip(saved_ids, members, strict=True))
+    group_of = {p: group for group in groups for p in group["params"]}
+    values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
+
+    # Nothing has changed so far; from here on only the page file can fail.
+    state = optimizer.state
+    for p in state.streams:
+        state.streams[p] = optimizer.streams(group_of[p])
+    optimizer.param_groups[:] = groups
+    engine = state.engine
+    if engine is not None and max(map(len, state.streams.values())) > optimizer._stream_count:
+        state.engine = None  # laid out for fewer streams, and all state is replaced anyway
+        state.visits.clear()
+    if values or visits:
+        optimizer._engine()
+    for p, streams in state.streams.items():
+        if p in values:
+            state.write(p, values[p])
+        elif p in state.visits:
+            state.write(p, {s.name: torch.full(p.shape, s.fill) for s in streams})
+    state.visits = visits
+
+    saved_schedule = groups[0].get("hift")
+    if saved_schedule is not None:
+        problem = optimizer._schedule.load(saved_schedule, len(optimizer._groups))
+        if problem is not None:
+            warnings.warn(f"{problem}: a new pass begins in its own order", stacklevel=4)
+    groups[0]["hift"] = optimizer._schedule.as_dict
+    if state.engine is not None:
+        state.engine.prefetch(optimizer.active)
+    if optimizer._model is None:
+        optimizer.freeze_inactive()
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved param_groups with this optimizer's parameters in them."""
+    ours = optimizer.param_groups
+    if len(ours) != len(saved):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}, and the optimizer has {len(ours)}"
+        )
+    for number, (group, other) in enumerate(zip(ours, saved, strict=True)):
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: group {number} has {len(other['params'])} parameters, and the "
+                f"optimizer's {len(group['params'])}"
+            )
+    merged = []
+    for group, other in zip(ours, saved, strict=True):
+        settings = copy.deepcopy({k: v for k, v in other.items() if k != "params"})
+        ours_only = {k: v for k, v in group.items() if k != "hift"}
+        merged.append({**ours_only, **settings, "params": group["params"]})
+    return merged
+
+
+def _checked_state(
+    optimizer: HiFTOptimizer,
+    saved: dict[Any, dict[str, Any]],
+    param_of: dict[Any, torch.Tensor],
+    group_of: dict[torch.Tensor, dict[str, Any]],
+) -> tuple[dict[torch.Tensor, dict[str, torch.Tensor]], dict[torch.Tensor, int]]:
+    """The tensors to write and the visits to set, per parameter."""
+    values: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    visits: dict[torch.Tensor, int] = {}
+    left_out = 0
+    for key, entry in saved.items():
+        p = param_of.get(key)
+        if p is None or p not in optimizer.state.streams:
+            left_out += 1
+            continue
+        wanted = [stream.name for stream in optimizer.streams(group_of[p])]
+        found = {name: entry[name] for name in wanted if entry.get(name) is not None}
+        absent = [name for name in wanted if name not in found]
+        if wanted and len(absent) == len(wanted) and not optimizer.has_step:
+            continue  # torch.optim.SGD saves None before a parameter's first step
+        if absent:
+            raise ValueError(
+                f"the loaded state of {optimizer._say(p)} lacks {', '.join(absent)}; it has "
+                f"{', '.join(map(str, entry)) or 'nothing'}: was it saved by another optimizer?"
+            )
+        for name, value in found.items():
+            if tuple(value.shape) != tuple(p.shape):
+                raise ValueError(
+                    f"the loaded {name} of {optimizer._say(p)} has shape {tuple(value.shape)}, the "
+                    f"parameter {tuple(p.shape)}"
+                )
+        values[p] = found
+        count = int(entry["step"]) if optimizer.has_step else 1
+        if count > 0:
+            visits[p] = count
+    if left_out:
+        warnings.warn(
+            f"the loaded state of {left_out} parameters is left out: they are not trained here",
+            stacklevel=5,
+        )
+    return values, visits
+
+
+def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
+    """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
+    optimizer._check_open()
+    hidden = {"state", "_freezer", "_hook", "_device", "_stream_count"}
+    kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
+    kept["saved_values"] = [
+        (p, {k: v.clone() for k, v in entry.items() if k != "step"})
+        for p, entry in optimizer.state.items()
+    ]
+    kept["saved_visits"] = list(optimizer.state.visits.items())
+    kept["saved_streams"] = list(optimizer.state.streams)
+    kept["saved_frozen"] = [
+        p for group in optimizer._groups for p in group.params if optimizer._freezer.froze(p)
+    ]
+    kept["_param_group_of"] = list(optimizer._param_group_of.items())
+    return kept
+
+
+def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
+    """Makes a whole optimizer of what `get_state` gave."""
+    kept = dict(kept)
+    values, visits = kept.pop("saved_values"), kept.pop("saved_visits")
+    streams, frozen = kept.pop("saved_streams"), kept.pop("saved_frozen")
+    torch.optim.Optimizer.__setstate__(optimizer, kept)
+    optimizer._param_group_of = dict(kept["_param_group_of"])
+    optimizer._freezer = Freezer()
+    optimizer._hook = None
+    optimizer._frozen_for = -1
+    for p in frozen:
+        p.requires_grad_(True)
+    optimizer.state = PagedState(  # type: ignore[assignment]
+        has_step=optimizer.has_step, from_start=optimizer.state_from_start
+    )
+    for p in streams:
+        group = optimizer.param_groups[optimizer._param_group_of[p]]
+        optimizer.state.streams[p] = optimizer.streams(group)
+    optimizer._attach()
+    if visits:
+        optimizer._engine()
+        for p, entry in values:
+            optimizer.state.write(p, entry)
+        optimizer.state.visits = dict(visits)
+
+
+def drop_dead_hooks(model: torch.nn.Module) -> None:
+    """Removes hooks that came with a copy of a model and have no optimizer."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, FreezeHook) and hook.is_dead():
+            del model._forward_pre_hooks[key]

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiFTOptimizer: the policy, the same for every rule.
+
+Each step updates one group of layers; a pass visits every group once (arXiv 2401.15207).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import Self, Unpack
+
+from hift_ext import interchange, ops
+from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
+from hift_ext.layers import Group, make_groups
+from hift_ext.notices import Notices
+from hift_ext.options import HiFTOptions, checked
+from hift_ext.paged_state import PagedState, place_of
+from hift_ext.schedule import Schedule, make_order
+from hift_ext.update import update_group
+
+log = logging.getLogger("hift_ext")
+
+
+class HiFTOptimizer(torch.optim.Optimizer):
+    """Base of the HiFT optimizers; use a subclass such as `hift_ext.AdamW`.
+
+    A subclass names torch's class, the rule, the state and the hyper-parameters; see
+    `hift_ext/adagrad.py` for the shortest one.
+
+    Args:
+        params: An `nn.Module`, or what torch.optim takes: parameters, named parameters, or dicts.
+        defaults: Arguments of torch's own class.
+        **options: See `HiFTOptions`.
+    """
+
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    has_step: ClassVar[bool] = True  # torch keeps `step` in the state
+    state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
+
+    def rule(self, group: dict[str, Any]) -> str:
+        """Name of the rule in csrc/rules that a param_group uses."""
+        raise NotImplementedError
+
+    def streams(self, group: dict[str, Any]) -> list[ops.StreamSpec]:
+        """State of a param_group's parameters, in the rule's order."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any], lr: float, step: int) -> tuple[float, ...]:
+        """The rule's Hyper for the `step`-th visit (from 1) at rate `lr`, folded in double."""
+        raise NotImplementedError
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], **options: Unpack[HiFTOptions]
+    ) -> None:
+        if defaults.get("capturable"):
+            raise ValueError(
+                "capturable=True is not offered: pages move and groups change on the host's clock, "
+                "which a CUDA graph cannot replay"
+            )
+        if defaults.get("differentiable"):
+            raise ValueError(
+                "differentiable=True is not offered: the fused update writes weights and state in "
+                "place, out of autograd's sight"
+            )
+        # torch's own class knows which hyper-parameters are wrong, and says it in torch's words.
+        torch_defaults = dict(self.torch_class([torch.empty(0)], **defaults).defaults)
+        self._options = checked(options)
+        model = self._options["model"]
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError("params is a module and model= is another one: pass one of them")
+            model, params = params, list(params.parameters())
+        self._model: nn.Module | None = model
+        self._constructed = False
+        super().__init__(params, torch_defaults)
+        self._begin(frozen_in_copy(model))
+
+    # Construction: groups, schedule, freezing ---------------------------------------------------
+
+    def _begin(self, frozen_before: set[str]) -> None:
+        names = self._names()
+        members = [p for group in self.param_groups for p in group["params"]]
+        trainable = [p for p in members if p.requires_grad or names.get(p) in frozen_before]
+        if any(other_keeper(p, None) for p in members):
+            raise RuntimeError(OTHER_OPEN)
+        named = [(names[p], p) for p in members if p in names]
+        source: Any = self._model if self._model is not None else (named or None)
+        self._groups: list[Group] = make_groups(
+            source,
+            trainable,
+            layers_per_group=self._options["layers_per_group"],
+            groups=self._options["groups"],
+        )
+        if not self._groups:
+            raise ValueError(
+                "no parameter requires a gradient: there is nothing to train. Set requires_grad on "
+                "the parameters to train before making the optimizer"
+            )
+        seed = self._options["seed"]
+        self._schedule = Schedule(make_order(self._options["order"], len(self._groups), seed), seed)
+        self.param_groups[0]["hift"] = self._schedule.as_dict
+        self.state: PagedState = PagedState(  # type: ignore[assignment]
+            has_step=self.has_step, from_start=self.state_from_start
+        )
+        self._param_group_of = {
+            p: index for index, group in enumerate(self.param_groups) for p in group["params"]
+        }
+        for group in self._groups:
+            for p in group.params:
+                self.state.streams[p] = self.streams(self.param_groups[self._param_group_of[p]])
+        self._report = ops.Report()
+        self._notices = Notices()
+        self._closed = False
+        self._frozen_for = -1
+        self._freezer = Freezer()
+        self._hook: Any = None
+        for p in trainable:  # some are frozen where the model is a copy of one an optimizer drove
+            p.requires_grad_(True)
+        self._attach()
+        self._constructed = True
+
+    def _attach(self) -> None:
+        """Ties the optimizer to its model: from here on only the active group has gradients."""
+        # Deleting the optimizer must not leave a model that cannot train.
+        weakref.finalize(self, self._freezer.close).atexit = False
+        if self._model is None:
+            self.freeze_inactive()
+            return
+        interchange.drop_dead_hooks(self._model)
+        self._hook = self._model.register_forward_pre_hook(FreezeHook(self))
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        if self._model is not None:
+            return {p: name for name, p in self._model.named_parameters()}
+        return {
+            p: name
+            for group in self.param_groups
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+
+    def freeze_inactive(self) -> None:
+        """Lets only the active group have gradients. Called by the model's forward pre-hook."""
+        active = self._schedule.active
+        if self._closed or self._frozen_for == active or len(self._groups) == 1:
+            return
+        if self._frozen_for < 0:
+            self._freezer.claim(p for group in self._groups for p in group.params)
+            before = range(len(self._groups))
+        else:
+            before = range(self._frozen_for, self._frozen_for + 1)
+        for index in before:
+            if index != active:
+                for p in self._groups[index].params:
+                    self._freezer.freeze(p)
+        for p in self._groups[active].params:
+            self._freezer.thaw(p)
+        self._frozen_for = active
+
+    def frozen_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are frozen now because their group is not active."""
+        return tuple(name for p, name in self._names().items() if self._freezer.froze(p))
+
+    # What a user may ask ------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """HiFT's groups, each with `name`, `params`, `numel`; not torch's `param_groups`."""
+        return tuple(self._groups)
+
+    @property
+    def active(self) -> int:
+        """Index of the group that the next step updates."""
+        return self._schedule.active
+
+    @property
+    def pass_index(self) -> int:
+        """Passes completed: how often every group has had its turn."""
+        return self._schedule.pass_index
+
+    @property
+    def current_lr(self) -> float:
+        """The learning rate in force for the first param_group.
+
+        The pass's latched one, or, between passes, the one that the next step will latch.
+        """
+        latched = self._schedule.latched
+        return float(self.param_groups[0]["lr"]) if latched is None else latched[0]
+
+    def stats(self) -> dict[str, float]:
+        """What the last step moved (bytes) and how long it took (milliseconds).
+
+        `wait_ms` is the time the step stood still for pages, `transfer_ms` the time in which copies
+        ran since the step before, `hidden_ms` what of it cost nothing; `update_ms` the arithmetic.
+        """
+        report, engine = self._report, self.state.engine
+        return {
+            **report._asdict(),
+            "hidden_ms": max(0.0, report.transfer_ms - report.wait_ms),
+            "store_bytes": engine.store_bytes if engine else 0,
+            "staging_bytes": engine.staging_bytes if engine else 0,
+            "state_bytes": engine.touched_bytes if engine else 0,
+        }
+
+    # The step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the active group and moves on to the next.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: The optimizer is closed, or a gradient is sparse or on another device.
+            TypeError: A parameter or gradient type that is not offered.
+            OSError: The page file could not be read or written; see the message.
+        """
+        self._check_open()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._groups[self._schedule.active]
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+            return loss  # the scaler skips this step: the group keeps its turn
+        if self._schedule.latched is None:
+            self._latch()
+        if any(p.grad is not None for p in active.params):
+            self._report = update_group(self, active, found_inf)
+        else:
+            self._notices.no_gradient(active.name, self.pass_index)
+            if self.state.engine is not None:
+                self.state.engine.prefetch(self._schedule.following)
+        if self._schedule.advance():
+            self._notices.pass_ended()
+        self.param_groups[0]["hift"] = self._schedule.as_dict
+        if self._model is None:
+            self.freeze_inactive()
+        return loss
+
+    def _latch(self) -> None:
+        rates = [float(group["lr"]) for group in self.param_groups]
+        self._schedule.latch(rates)
+        if 0.0 in rates:
+            self._notices.zero_rate(self.pass_index)
+
+    # State --------------------------------------------------------------------------------------
+
+    def _say(self, p: torch.Tensor) -> str:
+        name = self._names().get(p)
+        return f"parameter {name!r}" if name else f"a parameter of shape {tuple(p.shape)}"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this optimizer is closed: make a new one")
+
+    def _stream_names(self, group: dict[str, Any]) -> str:
+        return ", ".join(stream.name for stream in self.streams(group))
+
+    def _engine(self) -> ops.StateEngine:
+        """The engine; laid out at its first use, when the parameters' device is known."""
+        return self._lay_out() if self.state.engine is None else self.state.engine
+
+    def _lay_out(self) -> ops.StateEngine:
+        params = [p for group in self._groups for p in group.params]
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}): "
+                "HiFT pages to one; move them to one device, or use one optimizer a device"
+            )
+        self._device = params[0].device
+        streams = max((self.streams(group) for group in self.param_groups), key=len)
+        self._stream_count = len(streams)
+        engine = ops.make_engine(
+            streams,
+            self._device,
+            store=self._options["store"],
+            backend=self._options["backend"],
+            page_bytes=self._options["page_bytes"],
+            staging=self._options["staging"],
+        )
+        engine.add_groups([[p.numel() for p in group.params] for group in self._groups])
+        for index, group in enumerate(self._groups):
+            for item, p in enumerate(group.params):
+                self.state.places[p] = place_of(p, index, item)
+        self.state.engine = engine
+        log.info(
+            "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB",
+            type(self).__name__,
+            len(self._groups),
+            self._device,
+            engine.description,
+            engine.store_bytes / 1e6,
+            engine.staging_bytes / 1e6,
+        )
+        return engine
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param_group: its trainable parameters are one more group from the next pass on."""
+        super().add_param_group(param_group)
+        if not self._constructed:
+            return
+        try:
+            self._join(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _join(self, param_group: dict[str, Any]) -> None:
+        self._check_open()
+        trainable = [p for p in param_group["params"] if p.requires_grad]
+        if any(other_keeper(p, self._freezer) for p in trainable):
+            raise RuntimeError(OTHER_OPEN)
+        number = len(self.param_groups) - 1
+        if trainable:
+            index = len(self._groups)
+            known = self._names()
+            names = tuple(known.get(p, "") for p in trainable)
+            group = Group(f"added {number}: {names[0]}", tuple(trainable), names)
+            if self.state.engine is not None:
+                if len(self.streams(param_group)) > self._stream_count:
+                    raise ValueError(
+                        f"the new param_group needs the state {self._stream_names(param_group)}, "
+                        f"and pages were laid out for {self._stream_count} streams"
+                    )
+                self.state.engine.add_groups([[p.numel() for p in trainable]])
+                for item, p in enumerate(trainable):
+                    self.state.places[p] = place_of(p, index, item)
+            self._groups.append(group)
+            for p in trainable:
+                self.state.streams[p] = self.streams(param_group)
+            self._schedule.add(index)
+            self.param_groups[0]["hift"] = self._schedule.as_dict
+            if self._frozen_for >= 0:
+                self._freezer.claim(trainable)
+                if self._schedule.active != index:
+                    for p in trainable:
+                        self._freezer.freeze(p)
+        for p in param_group["params"]:
+            self._param_group_of[p] = number
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state_dict of this class or of torch's own, from any device.
+
+        State is written page by page in float32; order, cursor and latched rates come along where
+        they were saved. Everything is checked before anything changes.
+
+        Raises:
+            ValueError: Another number of param_groups, parameters or elements, or missing state.
+        """
+        self._check_open()
+        interchange.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return interchange.get_state(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        interchange.set_state(self, state)
+
+    # The end ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Restores `requires_grad`, finishes transfers, frees the state and removes scratch files.
+
+        Safe to call twice. State tensors taken earlier stay valid.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._freezer.close()
+        if self._hook is not None:
+            self._hook.remove()
+        engine, self.state.engine = self.state.engine, None
+        self.state.visits.clear()
+        if engine is not None:
+            engine.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keyword arguments that every HiFT optimizer takes beside torch's own, checked in one place.
+
+What is not offered raises here, at construction, with what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from typing_extensions import TypedDict
+
+STORES = ("auto", "ram", "disk", "device")
+BACKENDS = ("auto", "cpu", "cuda")
+
+
+class HiFTOptions(TypedDict, total=False):
+    """Keyword arguments of `hift_ext.AdamW` and its siblings, beside those of torch's class.
+
+    Attributes:
+        model: The module whose forward freezes the inactive groups, and whose structure gives the
+            layers. Implied where `params` is a module.
+        layers_per_group: m consecutive layers a group; `"all"` for one group.
+        order: `"bottom2up"`, `"top2down"`, `"random"`, or a permutation of group indices.
+        seed: Seed of the random order.
+        groups: The groups themselves: lists of parameter-name prefixes or of Parameters.
+        store: Where state rests: `"ram"`, `"disk"` (unlinked scratch), `"disk:PATH"`, `"device"`
+            (beside the parameters); `"auto"` is `"ram"` on the CPU and `"device"` on a GPU.
+        staging: Bytes of the ring through which a disk store's pages pass; `"auto"` holds the
+            largest group.
+        page_bytes: Upper bound of a page's record in bytes.
+        state_dtype: Type of the state; `torch.float32`.
+        master: `"auto"` or None: no separate master weights.
+        rounding: How 16-bit weights are rounded; `"nearest"`.
+        max_grad_norm: Clips the norm of the active group's gradients to this inside the update.
+        backend: `"auto"`, `"cpu"` or `"cuda"`.
+    """
+
+    model: nn.Module | None
+    layers_per_group: int | Literal["all"]
+    order: str | Sequence[int]
+    seed: int
+    groups: Sequence[Sequence[str | torch.Tensor]] | None
+    store: str
+    staging: int | Literal["auto"]
+    page_bytes: int | Literal["auto"]
+    state_dtype: torch.dtype | str
+    master: str | None
+    rounding: str
+    max_grad_norm: float | None
+    backend: str
+
+
+DEFAULTS: dict[str, Any] = {
+    "model": None,
+    "layers_per_group": 1,
+    "order": "bottom2up",
+    "seed": 0,
+    "groups": None,
+    "store": "auto",
+    "staging": "auto",
+    "page_bytes": "auto",
+    "state_dtype": torch.float32,
+    "master": "auto",
+    "rounding": "nearest",
+    "max_grad_norm": None,
+    "backend": "auto",
+}
+
+
+def checked(options: HiFTOptions) -> dict[str, Any]:
+    """All options, the absent ones at their defaults.
+
+    Raises:
+        TypeError: An unknown keyword, or a value of the wrong type.
+        ValueError: A value that is not offered.
+    """
+    unknown = sorted(set(options) - set(DEFAULTS))
+    if unknown:
+        raise TypeError(
+            f"unknown argument {unknown[0]!r}; beside torch's own there are {', '.join(DEFAULTS)}"
+        )
+    full = {**DEFAULTS, **options}
+    store = full["store"]
+    if not isinstance(store, str) or not (store in STORES or (store[5:] and store[:5] == "disk:")):
+        raise ValueError(f"store must be one of {', '.join(STORES)} or 'disk:PATH', not {store!r}")
+    for name in ("staging", "page_bytes"):
+        value = full[name]
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be 'auto' or a positive number of bytes, not {value!r}")
+    if full["model"] is not None and not isinstance(full["model"], nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(full['model']).__name__}")
+    if isinstance(full["seed"], bool) or not isinstance(full["seed"], int):
+        raise TypeError(f"seed must be an int, not {full['seed']!r}")
+    norm = full["max_grad_norm"]
+    if norm is not None and not norm > 0:
+        raise ValueError(f"max_grad_norm must be None or a positive number, not {norm!r}")
+    _offered("state_dtype", full["state_dtype"], (torch.float32,))
+    _offered("master", full["master"], ("auto", None))
+    _offered("rounding", full["rounding"], ("nearest",))
+    _offered("backend", full["backend"], BACKENDS)
+    return full
+
+
+def _offered(name: str, value: object, values: tuple[object, ...]) -> None:
+    if value not in values:
+        offered = ", ".join(map(repr, values))
+        raise ValueError(f"{name}={value!r} is not offered by this version; offered: {offered}")
