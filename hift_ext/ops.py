@@ -303,7 +303,7 @@ def make_engine(
     """
     if device.type not in ("cpu", "cuda") or backend not in ("auto", device.type):
         raise RuntimeError(
-            f"backend={backend!r} does not update parameters on {device}: move the model to the CPU "
+            f"backend={backend!r} does not update parameters on {device}: move the model to the "
             "or to a CUDA device, and leave backend at 'auto'"
         )
     if device.type == "cuda":

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from typing_extensions import Self, Unpack
 
-from hift_ext import interchange, ops
+from hift_ext import interchange, layout, ops
 from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
 from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, checked
-from hift_ext.paged_state import PagedState, place_of
+from hift_ext.paged_state import Entry, PagedState
 from hift_ext.schedule import Schedule, make_order
-from hift_ext.update import update_group
+from hift_ext.update import quiet, update_group
 
 log = logging.getLogger("hift_ext")
 
@@ -42,6 +42,11 @@ class HiFTOptimizer(torch.optim.Optimizer):
     torch_class: ClassVar[type[torch.optim.Optimizer]]
     has_step: ClassVar[bool] = True  # torch keeps `step` in the state
     state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
+
+    # Set when the state is laid out, at the first step or load.
+    _device: torch.device
+    _device_index: int
+    _stream_count: int
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
 
@@ -110,12 +115,9 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self.state: PagedState = PagedState(  # type: ignore[assignment]
             has_step=self.has_step, from_start=self.state_from_start
         )
-        self._param_group_of = {
-            p: index for index, group in enumerate(self.param_groups) for p in group["params"]
-        }
+        self._entries: list[list[Entry]] = []  # by group
         for group in self._groups:
-            for p in group.params:
-                self.state.streams[p] = self.streams(self.param_groups[self._param_group_of[p]])
+            layout.enter(self, group.params)
         self._report = ops.Report()
         self._notices = Notices()
         self._closed = False
@@ -146,12 +148,17 @@ class HiFTOptimizer(torch.optim.Optimizer):
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
 
-    def freeze_inactive(self) -> None:
-        """Lets only the active group have gradients. Called by the model's forward pre-hook."""
+    def freeze_inactive(self) -> bool:
+        """Lets only the active group have gradients. Called by the model's forward pre-hook.
+
+        Returns:
+            Whether this was the first time.
+        """
         active = self._schedule.active
         if self._closed or self._frozen_for == active or len(self._groups) == 1:
-            return
-        if self._frozen_for < 0:
+            return False
+        first = self._frozen_for < 0
+        if first:
             self._freezer.claim(p for group in self._groups for p in group.params)
             before = range(len(self._groups))
         else:
@@ -163,6 +170,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         for p in self._groups[active].params:
             self._freezer.thaw(p)
         self._frozen_for = active
+        return first
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""
@@ -211,7 +219,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
     # The step -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @quiet
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the active group and moves on to the next.
 
@@ -228,18 +236,17 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = self._groups[self._schedule.active]
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss  # the scaler skips this step: the group keeps its turn
         if self._schedule.latched is None:
             self._latch()
-        if any(p.grad is not None for p in active.params):
-            self._report = update_group(self, active, found_inf)
-        else:
-            self._notices.no_gradient(active.name, self.pass_index)
+        report = update_group(self, self._entries[self._schedule.active], found_inf)
+        if report is None:
+            self._notices.no_gradient(self._groups[self.active].name, self.pass_index)
             if self.state.engine is not None:
                 self.state.engine.prefetch(self._schedule.following)
+        self._report = report or ops.Report()
         if self._schedule.advance():
             self._notices.pass_ended()
         self.param_groups[0]["hift"] = self._schedule.as_dict
@@ -263,47 +270,9 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if self._closed:
             raise RuntimeError("this optimizer is closed: make a new one")
 
-    def _stream_names(self, group: dict[str, Any]) -> str:
-        return ", ".join(stream.name for stream in self.streams(group))
-
     def _engine(self) -> ops.StateEngine:
         """The engine; laid out at its first use, when the parameters' device is known."""
-        return self._lay_out() if self.state.engine is None else self.state.engine
-
-    def _lay_out(self) -> ops.StateEngine:
-        params = [p for group in self._groups for p in group.params]
-        devices = {p.device for p in params}
-        if len(devices) > 1:
-            raise RuntimeError(
-                f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}): "
-                "HiFT pages to one; move them to one device, or use one optimizer a device"
-            )
-        self._device = params[0].device
-        streams = max((self.streams(group) for group in self.param_groups), key=len)
-        self._stream_count = len(streams)
-        engine = ops.make_engine(
-            streams,
-            self._device,
-            store=self._options["store"],
-            backend=self._options["backend"],
-            page_bytes=self._options["page_bytes"],
-            staging=self._options["staging"],
-        )
-        engine.add_groups([[p.numel() for p in group.params] for group in self._groups])
-        for index, group in enumerate(self._groups):
-            for item, p in enumerate(group.params):
-                self.state.places[p] = place_of(p, index, item)
-        self.state.engine = engine
-        log.info(
-            "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB",
-            type(self).__name__,
-            len(self._groups),
-            self._device,
-            engine.description,
-            engine.store_bytes / 1e6,
-            engine.staging_bytes / 1e6,
-        )
-        return engine
+        return layout.lay_out(self) if self.state.engine is None else self.state.engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param_group: its trainable parameters are one more group from the next pass on."""
@@ -311,43 +280,11 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if not self._constructed:
             return
         try:
-            self._join(self.param_groups[-1])
+            self._check_open()
+            layout.join(self, self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()
             raise
-
-    def _join(self, param_group: dict[str, Any]) -> None:
-        self._check_open()
-        trainable = [p for p in param_group["params"] if p.requires_grad]
-        if any(other_keeper(p, self._freezer) for p in trainable):
-            raise RuntimeError(OTHER_OPEN)
-        number = len(self.param_groups) - 1
-        if trainable:
-            index = len(self._groups)
-            known = self._names()
-            names = tuple(known.get(p, "") for p in trainable)
-            group = Group(f"added {number}: {names[0]}", tuple(trainable), names)
-            if self.state.engine is not None:
-                if len(self.streams(param_group)) > self._stream_count:
-                    raise ValueError(
-                        f"the new param_group needs the state {self._stream_names(param_group)}, "
-                        f"and pages were laid out for {self._stream_count} streams"
-                    )
-                self.state.engine.add_groups([[p.numel() for p in trainable]])
-                for item, p in enumerate(trainable):
-                    self.state.places[p] = place_of(p, index, item)
-            self._groups.append(group)
-            for p in trainable:
-                self.state.streams[p] = self.streams(param_group)
-            self._schedule.add(index)
-            self.param_groups[0]["hift"] = self._schedule.as_dict
-            if self._frozen_for >= 0:
-                self._freezer.claim(trainable)
-                if self._schedule.active != index:
-                    for p in trainable:
-                        self._freezer.freeze(p)
-        for p in param_group["params"]:
-            self._param_group_of[p] = number
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.
@@ -381,7 +318,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if self._hook is not None:
             self._hook.remove()
         engine, self.state.engine = self.state.engine, None
-        self.state.visits.clear()
+        for entry in self.state.entries.values():
+            entry.visits = 0
         if engine is not None:
             engine.flush()
 

@@ -7,42 +7,65 @@ In host memory the tensors are views of the pages; from a file they are copies m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from hift_ext.ops import StateEngine, StreamSpec
 
 
-class Place(NamedTuple):
-    """Where a parameter's state is, and the strides its elements are laid out in."""
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A trained parameter: whose turn it shares, where its state is, how often it was visited.
 
+    Attributes:
+        param: The parameter.
+        group: Index of its HiFT group.
+        item: Its place in that group.
+        number: Index of its param_group.
+        streams: Its state, in the rule's order.
+        visits: Steps that updated it.
+        numel: Elements when the state was laid out.
+        shape: Shape then.
+        strides: Strides of the state, in elements: the parameter's own where those have no gaps.
+        contiguous: Whether these are row-major.
+    """
+
+    param: torch.Tensor
     group: int
     item: int
-    numel: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    contiguous: bool
+    number: int
+    streams: list[StreamSpec]
+    visits: int = 0
+    numel: int = 0
+    shape: torch.Size = torch.Size()  # noqa: RUF009 (immutable)
+    strides: tuple[int, ...] = ()
+    contiguous: bool = True
 
+    def lay_out(self) -> None:
+        """Takes over the parameter's shape and strides."""
+        p = self.param
+        # empty_like keeps the strides of dense tensors only.
+        strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
+        if p.stride() != strides:
+            strides = torch.empty(p.shape, device="meta").stride()
+        self.numel, self.shape, self.strides = p.numel(), p.shape, tuple(strides)
+        self.contiguous = torch.empty_strided(p.shape, strides, device="meta").is_contiguous()
 
-def place_of(param: torch.Tensor, group: int, item: int) -> Place:
-    """Lays state out as `param` is, if that has no gaps and no overlaps; else contiguously."""
-    # empty_like keeps the strides of dense tensors only.
-    strides = torch.empty_like(param, device="meta", requires_grad=False).stride()
-    if param.stride() != strides:
-        strides = torch.empty(param.shape, device="meta").stride()
-    contiguous = torch.empty_strided(param.shape, strides, device="meta").is_contiguous()
-    return Place(group, item, param.numel(), param.shape, tuple(strides), contiguous)
+    def laid_out(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of `tensor` with the state's strides, on the tensor's device."""
+        copy = torch.empty_strided(self.shape, self.strides, dtype=dtype, device=tensor.device)
+        return copy.copy_(tensor.detach())
 
-
-def laid_out(tensor: torch.Tensor, place: Place, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of `tensor` with the place's strides, on the tensor's device."""
-    copy = torch.empty_strided(place.shape, place.strides, dtype=dtype, device=tensor.device)
-    return copy.copy_(tensor.detach())
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's elements lie in memory in the state's order."""
+        if self.contiguous:
+            return tensor.is_contiguous()
+        return tensor.stride() == self.strides
 
 
 class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
-    """Reads through to the pages. Holds what is not in pages: the visits of each parameter.
+    """Reads through to the pages.
 
     Args:
         has_step: Whether torch keeps a `step` for this kind of optimizer.
@@ -53,45 +76,46 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._has_step = has_step
         self._from_start = from_start
         self.engine: StateEngine | None = None
-        self.places: dict[torch.Tensor, Place] = {}
-        self.visits: dict[torch.Tensor, int] = {}
-        self.streams: dict[torch.Tensor, list[StreamSpec]] = {}  # in the order of param_groups
+        self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+
+    def _exists(self, entry: Entry) -> bool:
+        made = self._from_start or entry.visits > 0
+        return made and (self._has_step or bool(entry.streams))
 
     def __contains__(self, param: object) -> bool:
-        if not isinstance(param, torch.Tensor) or param not in self.streams:
+        if not isinstance(param, torch.Tensor):
             return False
-        exists = self._from_start or param in self.visits
-        return exists and (self._has_step or bool(self.streams[param]))
+        entry = self.entries.get(param)
+        return entry is not None and self._exists(entry)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (param for param in self.streams if param in self)
+        return (entry.param for entry in self.entries.values() if self._exists(entry))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(self._exists(entry) for entry in self.entries.values())
 
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         if param not in self:
             raise KeyError(param)
+        entry = self.entries[param]
         values: dict[str, torch.Tensor] = {}
         if self._has_step:
-            values["step"] = torch.tensor(float(self.visits.get(param, 0)))
-        for number, stream in enumerate(self.streams[param]):
-            if self.engine is None:  # from the start, and no step yet
+            values["step"] = torch.tensor(float(entry.visits))
+        for number, stream in enumerate(entry.streams):
+            if self.engine is None:  # there from the start, and no step yet
                 values[stream.name] = torch.full_like(param, stream.fill, dtype=torch.float32)
                 continue
-            place = self.places[param]
-            flat = self.engine.tensor(place.group, place.item, number, place.numel)
-            values[stream.name] = flat.as_strided(place.shape, place.strides)
+            flat = self.engine.tensor(entry.group, entry.item, number, entry.numel)
+            values[stream.name] = flat.as_strided(entry.shape, entry.strides)
         return values
 
     def __repr__(self) -> str:
         return f"PagedState of {len(self)} parameters"
 
-    def write(self, param: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors of any type, device and strides into the parameter's pages."""
+    def write(self, entry: Entry, values: Mapping[str, torch.Tensor]) -> None:
+        """Copies tensors of any type, device and strides into a parameter's pages."""
         assert self.engine is not None
-        place = self.places[param]
-        for number, stream in enumerate(self.streams[param]):
-            value = values[stream.name].detach().to("cpu")
-            flat = laid_out(value, place, torch.float32).as_strided((place.numel,), (1,))
-            self.engine.write(place.group, place.item, number, flat)
+        for number, stream in enumerate(entry.streams):
+            value = entry.laid_out(values[stream.name].detach().to("cpu"), torch.float32)
+            flat = value.as_strided((entry.numel,), (1,))
+            self.engine.write(entry.group, entry.item, number, flat)

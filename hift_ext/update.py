@@ -6,91 +6,121 @@ This is the hot path of the host: it runs once a parameter and step, so it asks 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ext import ops
-from hift_ext.paged_state import Place, laid_out
+from hift_ext.paged_state import Entry
 
 if TYPE_CHECKING:
-    from hift_ext.layers import Group
     from hift_ext.optimizer import HiFTOptimizer
 
 
 def update_group(
-    optimizer: HiFTOptimizer, group: Group, found_inf: torch.Tensor | None
-) -> ops.Report:
-    """Updates the parameters of `group` that have gradients, and counts their visit.
+    optimizer: HiFTOptimizer, entries: Sequence[Entry], found_inf: torch.Tensor | None
+) -> ops.Report | None:
+    """Updates those of one group's parameters that have gradients, and counts their visit.
+
+    Returns:
+        What was moved, or None where no parameter has a gradient.
 
     Raises:
         RuntimeError: A gradient is sparse or elsewhere, or a parameter changed its size or device.
         TypeError: A pair of types that is not offered.
         ValueError: Settings that need state which was not laid out.
     """
-    engine = optimizer._engine()
-    places, visits = optimizer.state.places, optimizer.state.visits
-    number_of, device = optimizer._param_group_of, optimizer._device
+    device = optimizer._device_index if optimizer.state.engine is not None else None
     rows: list[ops.Row] = []
     hypers: list[tuple[float, ...]] = []
     hyper_of: dict[tuple[int, int], int] = {}
-    code_of: dict[tuple[int, torch.dtype, torch.dtype], int] = {}
-    updated: list[torch.Tensor] = []
+    updated: list[Entry] = []
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (parameter, copy in the state's layout)
     held: list[torch.Tensor] = []  # what must live until the step is done
-    for item, p in enumerate(group.params):
+    number = visits = hyper = code = -1  # of the entry before: most have all of these in common
+    param_dtype = grad_dtype = None
+    strided = torch.strided
+    for entry in entries:
+        p = entry.param
         grad = p.grad
         if grad is None:
             continue
-        place = places[p]
+        if device is None:
+            optimizer._engine()
+            device = optimizer._device_index
         if (
-            grad.layout is not torch.strided
-            or p.numel() != place.numel
-            or grad.numel() != place.numel
-            or p.device != device
-            or grad.device != device
+            grad.layout is not strided
+            or p.numel() != entry.numel
+            or grad.numel() != entry.numel
+            or p.get_device() != device
+            or grad.get_device() != device
         ):
-            _refuse(optimizer, p, grad, place)
-        number = number_of[p]
-        visit = visits.get(p, 0) + 1
-        hyper = hyper_of.get((number, visit))
-        if hyper is None:
-            hyper = hyper_of[number, visit] = len(hypers)
-            hypers.append(_hypers(optimizer, number, visit))
-        dtypes = (number, p.dtype, grad.dtype)
-        code = code_of.get(dtypes)
-        if code is None:
-            rule = optimizer.rule(optimizer.param_groups[number])
-            code = code_of[dtypes] = ops.kind(rule, p.dtype, grad.dtype)
+            _refuse(optimizer, entry, grad)
+        if p.dtype is not param_dtype or grad.dtype is not grad_dtype or entry.number != number:
+            param_dtype, grad_dtype = p.dtype, grad.dtype
+            rule = optimizer.rule(optimizer.param_groups[entry.number])
+            code = ops.kind(rule, param_dtype, grad_dtype)
+        if entry.number != number or entry.visits != visits:
+            number, visits = entry.number, entry.visits
+            hyper = hyper_of.setdefault((number, visits), len(hypers))
+            if hyper == len(hypers):
+                hypers.append(_hypers(optimizer, number, visits))
         target: torch.Tensor = p
-        if place.contiguous:
-            fits, grad_fits = p.is_contiguous(), grad.is_contiguous()
-        else:
-            fits, grad_fits = p.stride() == place.strides, grad.stride() == place.strides
-        if not fits:
-            target = laid_out(p, place, p.dtype)
+        if not (p.is_contiguous() if entry.contiguous else entry.fits(p)):
+            target = entry.laid_out(p, p.dtype)
             copies.append((p, target))
-        if not grad_fits:
-            grad = laid_out(grad, place, grad.dtype)
+        if not (grad.is_contiguous() if entry.contiguous else entry.fits(grad)):
+            grad = entry.laid_out(grad, grad.dtype)
             held.append(grad)
-        rows.append((item, target.data_ptr(), grad.data_ptr(), code, hyper))
-        updated.append(p)
+        rows.append((entry.item, target.data_ptr(), grad.data_ptr(), code, hyper))
+        updated.append(entry)
+    if not rows:
+        return None
 
-    scalars, tensors = _scalars(optimizer, updated, found_inf)
+    params = [entry.param for entry in updated]
+    scalars, tensors = _scalars(optimizer, params, found_inf)
     held += tensors
-    schedule = optimizer._schedule
+    schedule, engine = optimizer._schedule, optimizer._engine()
     report = engine.step(schedule.active, rows, hypers, scalars, schedule.following)
-    for p, target in copies:
-        p.copy_(target)
+    with torch.no_grad():
+        for p, target in copies:
+            p.copy_(target)
     # The kernel wrote behind autograd's back: a backward through an older forward must raise.
-    torch.autograd.graph.increment_version(updated)
-    for p in updated:
-        visits[p] = visits.get(p, 0) + 1
+    torch.autograd.graph.increment_version(params)
+    for entry in updated:
+        entry.visits += 1
     return report
 
 
-def _hypers(optimizer: HiFTOptimizer, number: int, visit: int) -> tuple[float, ...]:
+def quiet(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's wrapper around `step`, entered only where a hook or a profiler listens.
+
+    The wrapper's profiler record costs more than the update of a small group.
+    """
+    full = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: HiFTOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        ):
+            return full(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # or the base class would wrap it once more
+    return wrapper
+
+
+def _hypers(optimizer: HiFTOptimizer, number: int, visits: int) -> tuple[float, ...]:
     group: dict[str, Any] = optimizer.param_groups[number]
     streams = optimizer.streams(group)
     if len(streams) > optimizer._stream_count:
@@ -103,19 +133,19 @@ def _hypers(optimizer: HiFTOptimizer, number: int, visit: int) -> tuple[float, .
     assert latched is not None
     # A param_group added in the middle of a pass has no latched rate before the next.
     lr = latched[number] if number < len(latched) else float(group["lr"])
-    return (-1.0 if group["maximize"] else 1.0, *optimizer.hyper(group, lr, visit))
+    return (-1.0 if group["maximize"] else 1.0, *optimizer.hyper(group, lr, visits + 1))
 
 
-def _refuse(optimizer: HiFTOptimizer, p: torch.Tensor, grad: torch.Tensor, place: Place) -> None:
-    name = optimizer._say(p)
+def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
+    p, name = entry.param, optimizer._say(entry.param)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{type(optimizer).__name__} does not support sparse gradients ({name} has a "
             f"{grad.layout} one): make the embedding with sparse=False"
         )
-    if p.numel() != place.numel or grad.numel() != place.numel:
+    if p.numel() != entry.numel or grad.numel() != entry.numel:
         raise RuntimeError(
-            f"{name} had {place.numel} elements when its state was laid out; now it has "
+            f"{name} had {entry.numel} elements when its state was laid out; now it has "
             f"{p.numel()} and its gradient {grad.numel()}: make a new optimizer"
         )
     raise RuntimeError(
@@ -125,14 +155,14 @@ def _refuse(optimizer: HiFTOptimizer, p: torch.Tensor, grad: torch.Tensor, place
 
 
 def _scalars(
-    optimizer: HiFTOptimizer, updated: list[torch.Tensor], found_inf: torch.Tensor | None
+    optimizer: HiFTOptimizer, params: list[torch.Tensor], found_inf: torch.Tensor | None
 ) -> tuple[ops.Scalars, list[torch.Tensor]]:
     """Addresses of the scalars that enter the pass, and the tensors behind them."""
     scale: torch.Tensor | None = getattr(optimizer, "grad_scale", None)
     clip: torch.Tensor | None = None
     limit = optimizer._options["max_grad_norm"]
     if limit is not None:
-        norm = nn.utils.get_total_norm([p.grad for p in updated if p.grad is not None]).float()
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).float()
         if scale is not None:
             norm = norm / scale.to(norm.device)
         clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Small models with the structure of real ones, and batches for them; every call gives the same weights.
+# Small models with the structure of real ones, and batches; every call gives the same weights.
 """Models and batches for tests."""
 
 from __future__ import annotations

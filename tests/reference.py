@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# HiFT in plain torch, for comparison: one torch optimizer per group, everything in memory, nothing clever.
-# It follows arXiv 2401.15207: freeze all but one group, step it, go on to the next; one learning rate per pass.
+# HiFT in plain torch, for comparison: one torch optimizer per group, everything in memory.
+# It follows arXiv 2401.15207: freeze all but one group, step it, go on; one learning rate a pass.
 """A plain-torch HiFT loop."""
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def sources(root: Path, *folders: str) -> list[Path]:
         path
         for path in found
         if path.suffix in CPP_SUFFIXES | {".py", ".sh"}
-        and not any(
-            part.startswith(("build", "__pycache__")) for part in path.relative_to(root).parts
-        )
+        and not any(part.startswith(("build", "__")) for part in path.relative_to(root).parts[:-1])
     ]
 
 

@@ -565,7 +565,7 @@ def modules(draw, depth=3):
     return model
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(model=modules(), data=st.data())
 def test_every_trainable_parameter_is_in_one_group(model, data):
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The policy as a user meets it: which group is trained when, at which rate, and what is said when nothing is.
+# The policy as a user meets it: which group is trained when, at which rate, and what is said.
 # Numbers are compared to the bit with a plain-torch HiFT loop, or to torch.optim itself.
 """Turns, freezing, learning rates, gradient accumulation."""
 
@@ -210,10 +210,10 @@ def test_construction_freezes_and_allocates_nothing() -> None:
 
 def test_backward_stops_at_the_active_group() -> None:
     model = models.tiny()
-    hift_ext_optimizer = hift_ext.AdamW(model, order="top2down")
+    optimizer = hift_ext.AdamW(model, order="top2down")
     reached = []
     model.blocks[2].register_full_backward_hook(lambda *_: reached.append(1))
-    models.train(model, hift_ext_optimizer, models.batches(1))
+    models.train(model, optimizer, models.batches(1))
     assert not reached
     assert all(p.grad is None for p in model.blocks.parameters())
 
@@ -292,7 +292,8 @@ def test_step_without_any_gradient_advances_and_warns_once() -> None:
     model = models.tiny(blocks=1)
     before = models.weights(model)
     optimizer = hift_ext.AdamW(model, lr=1e-2)
-    with pytest.warns(UserWarning) as record:
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
         for _ in range(7):
             optimizer.step()
     texts = [str(w.message) for w in record]

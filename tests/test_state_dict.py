@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# State in and out: exchanged with torch.optim both ways, saved in mid-pass and resumed in a new process.
+# State in and out: exchanged with torch.optim both ways, saved in mid-pass, resumed elsewhere.
 # To the bit where nothing is converted.
 """state_dict, load_state_dict, resume."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Where state rests must not matter: every store, page size, ring size and number of threads gives the same bits.
+# Where state rests must not matter: every store, page size, ring and thread count gives equal bits.
 # Shapes include transfer-heavy ones, where little compute stands beside much state.
 """Stores, pages, rings and threads against each other."""
 
@@ -182,9 +182,10 @@ def test_named_file_is_private_and_stays(tmp_path) -> None:
         with hift_ext.AdamW(model, store=f"disk:{path}") as optimizer:
             models.train(model, optimizer, models.batches(2))
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            other = models.tiny()
+            second = hift_ext.AdamW(other, store=f"disk:{path}")
             with pytest.raises(OSError, match="in use"):
-                second = hift_ext.AdamW(models.tiny(), store=f"disk:{path}")
-                models.train(second._model, second, models.batches(1))
+                models.train(other, second, models.batches(1))
     finally:
         os.umask(old)
     assert path.exists()

@@ -15,7 +15,8 @@ DeviceInfo device_info() {
   const cudaError_t error = cudaGetDeviceCount(&info.device_count);
   if (error != cudaSuccess) {
     info.device_count = 0;
-    info.error = cudaGetErrorString(error);
+    info.error =
+        info.driver_version == 0 ? "no CUDA driver is installed" : cudaGetErrorString(error);
     cudaGetLastError();  // reported here, so that the next call does not report it again
   } else if (info.device_count == 0) {
     info.error = "no CUDA device";

@@ -22,7 +22,7 @@ struct DeviceInfo {
   int driver_version = 0;
   int runtime_version = 0;
   int device_count = 0;
-  std::string error;  // why `device_count` is 0, in CUDA's words; empty if it is not
+  std::string error;  // why `device_count` is 0; empty if it is not
 };
 
 /// Never throws for want of a driver or a GPU.

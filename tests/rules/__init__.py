@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# A case per rule of csrc/rules: data only. Every file of this folder is found by its name and adds its CASES;
+# A case per rule of csrc/rules: data only. Every file here is found by its name and adds its CASES;
 # a new rule needs a file here and no other edit.
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Case:
         theirs: torch's optimizer of the same meaning.
         hypers: Keyword arguments of both classes that lead to this rule.
         typical: One set of them, for tests whose subject is not the arithmetic.
+        divides: Whether weights move by a quotient with a root, which torch rounds differently.
         reference: `(p, g, state, t, **hypers) -> (p, state)`, the t-th step (from 1) in float64.
     """
 
@@ -38,6 +39,7 @@ class Case:
     theirs: type[torch.optim.Optimizer]
     hypers: st.SearchStrategy[dict[str, Any]]
     typical: dict[str, Any]
+    divides: bool
     reference: Reference
 
     def __str__(self) -> str:
@@ -61,5 +63,7 @@ def decays() -> st.SearchStrategy[float]:
 
 def find_cases() -> list[Case]:
     """The CASES of every file in this folder."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    modules = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
+    ]
     return [case for module in modules for case in module.CASES]

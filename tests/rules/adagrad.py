@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Adagrad. The reference follows Duchi et al. (JMLR 12, 2011), eps outside the root, with torch.optim's decay of the
-# rate and start of the sum.
+# Adagrad. The reference follows Duchi et al. (JMLR 12, 2011), eps outside the root, with
+# torch.optim's decay of the rate and start of the sum.
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ CASES = [
             "eps": 1e-10,
             "maximize": False,
         },
+        divides=True,
         reference=reference,
     )
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# AdamW and Adam, each with and without AMSGrad. The reference follows the papers (arXiv 1412.6980, 1711.05101,
-# 1904.09237), with eps outside the root and the maximum taken before the bias correction, as torch.optim documents.
+# AdamW and Adam, each with and without AMSGrad. The reference follows arXiv 1412.6980, 1711.05101
+# and 1904.09237, eps outside the root, the maximum taken before the bias correction, as in torch.
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def case(rule, ours, theirs, *, decoupled, amsgrad):
         "maximize": False,
         **fixed,
     }
-    return Case(rule, ours, theirs, hypers, typical, partial(reference, decoupled=decoupled))
+    return Case(rule, ours, theirs, hypers, typical, True, partial(reference, decoupled=decoupled))
 
 
 ADAMW, ADAM = (hift_ext.AdamW, torch.optim.AdamW), (hift_ext.Adam, torch.optim.Adam)

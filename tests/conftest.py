@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# What every test shares: hypothesis' profiles, and the one function that skips, with its reasons.
+# A test that needs something says `@pytest.mark.needs("avx512")`; what can be needed is in SKIPS.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import _hift_ext
+import hypothesis
+import pytest
+import torch
+
+from hift_ext import ops
+
+# Every run tries the same; `--hypothesis-profile=wide` looks further, and elsewhere each time.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, max_examples=20)
+hypothesis.settings.register_profile("wide", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("same")
+
+
+def _flushes() -> bool:
+    try:
+        return torch.set_flush_denormal(True)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
+    "avx2": (
+        1,
+        "this processor has no AVX2 with FMA",
+        lambda: "avx2" in ops.build_info()["isas"],
+    ),
+    "avx512": (
+        2,
+        "this processor has no AVX-512 (F, BW, DQ, VL)",
+        lambda: "avx512" in ops.build_info()["isas"],
+    ),
+    "grad_dtype": (
+        3,
+        "this torch has no Tensor.grad_dtype: a 16-bit parameter cannot have a float32 gradient",
+        lambda: hasattr(torch.Tensor, "grad_dtype"),
+    ),
+    "torch_fma": (
+        4,
+        "torch's CPU kernels are not known to fuse multiply and add here, so their bits differ",
+        lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
+    ),
+    "flush_denormal": (
+        5,
+        "torch.set_flush_denormal is not supported on this processor",
+        _flushes,
+    ),
+    "proc": (
+        6,
+        "no /proc: the names of the process's threads cannot be read",
+        Path("/proc/self/task").is_dir,
+    ),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"needs(what, ...): skips, for a numbered reason, without {', '.join(SKIPS)}"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose needs are not met."""
+    for mark in item.iter_markers("needs"):
+        for need in mark.args:
+            number, reason, met = SKIPS[need]
+            if not met():
+                pytest.skip(f"reason {number}: {reason}")
+
+
+@pytest.fixture(
+    params=[
+        "baseline",
+        pytest.param("avx2", marks=pytest.mark.needs("avx2")),
+        pytest.param("avx512", marks=pytest.mark.needs("avx512")),
+    ]
+)
+def isa(request):
+    """Each instruction set in turn."""
+    before = ops.build_info()["isa"]
+    _hift_ext.use_instruction_set(request.param)
+    assert ops.build_info()["isa"] == request.param
+    yield request.param
+    _hift_ext.use_instruction_set(before)
+
+
+@pytest.fixture
+def one_thread():
+    """torch's loops over few elements would mostly wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
