@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the extension, and the only file that knows Python: addresses, counts and stream handles come in
-// as integers. The interpreter lock is released wherever work is done.
+// The Python face of the extension, and the only file that knows Python: addresses, counts and
+// stream handles come in as integers. The interpreter lock is released wherever work is done.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,7 +30,8 @@ struct Bytes {
 };
 
 DType dtype_of(long code) {
-  hift::check_argument(code >= 0 && code < 3, "dtype code ", code, " is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
+  hift::check_argument(code >= 0 && code < 3, "dtype code ", code,
+                       " is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
   return static_cast<DType>(code);
 }
 
@@ -48,27 +49,31 @@ std::int64_t integer(PyObject* tuple, Py_ssize_t at) {
   return value;
 }
 
-/// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the gradient's factor
-/// (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
-std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vector<float>>& hypers) {
+/// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the
+/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
+std::vector<Update> updates_of(const py::list& rows,
+                               const std::vector<std::vector<float>>& hypers) {
   std::vector<Update> updates(rows.size());
   for (std::size_t i = 0; i < updates.size(); ++i) {
     PyObject* row = PyList_GET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i));
-    hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5, "an update is a tuple of five integers");
+    hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5,
+                         "an update is a tuple of five integers");
     Update& u = updates[i];
     u.item = integer(row, 0);
     u.param = reinterpret_cast<void*>(integer(row, 1));
     u.grad = reinterpret_cast<const void*>(integer(row, 2));
     unpack(u, integer(row, 3));
     const auto h = static_cast<std::size_t>(integer(row, 4));
-    hift::check_argument(h < hypers.size() && !hypers[h].empty(), "row ", h, " of hypers is absent or empty");
+    hift::check_argument(h < hypers.size() && !hypers[h].empty(), "row ", h,
+                         " of hypers is absent or empty");
     u.grad_factor = hypers[h][0];
     u.hyper.assign(hypers[h].begin() + 1, hypers[h].end());
   }
   return updates;
 }
 
-/// Rows (parameter address, gradient address, count, kind, (state address, ...), (gradient factor, hyper, ...)).
+/// Rows (parameter address, gradient address, count, kind, (state address, ...), (gradient factor,
+/// hyper, ...)).
 std::vector<Span> spans_of(const py::list& rows) {
   std::vector<Span> spans;
   for (const py::handle& row : rows) {
@@ -82,11 +87,12 @@ std::vector<Span> spans_of(const py::list& rows) {
     const auto states = t[4].cast<std::vector<std::int64_t>>();
     const auto hyper = t[5].cast<std::vector<float>>();
     const hift::RuleEntry& rule = hift::cpu::rule(s.rule);
-    hift::check_argument(static_cast<int>(states.size()) == rule.states, "rule ", rule.name, " takes ", rule.states,
-                         " state streams, not ", states.size());
-    hift::check_argument(static_cast<int>(hyper.size()) == rule.hypers + 1, "rule ", rule.name, " takes 1 + ",
-                         rule.hypers, " numbers, not ", hyper.size());
-    for (std::size_t i = 0; i < states.size(); ++i) s.state[i] = reinterpret_cast<float*>(states[i]);
+    hift::check_argument(static_cast<int>(states.size()) == rule.states, "rule ", rule.name,
+                         " takes ", rule.states, " state streams, not ", states.size());
+    hift::check_argument(static_cast<int>(hyper.size()) == rule.hypers + 1, "rule ", rule.name,
+                         " takes 1 + ", rule.hypers, " numbers, not ", hyper.size());
+    for (std::size_t i = 0; i < states.size(); ++i)
+      s.state[i] = reinterpret_cast<float*>(states[i]);
     s.grad_factor = hyper[0];
     std::copy(hyper.begin() + 1, hyper.end(), s.hyper);
     spans.push_back(s);
@@ -134,8 +140,9 @@ py::dict cuda_info() {
 void bind_engine(py::module_& m) {
   using hift::Engine;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init([](const std::vector<std::pair<std::int64_t, float>>& streams, const std::string& store,
-                       std::int64_t page_bytes, std::int64_t staging, int readers, int writers) {
+      .def(py::init([](const std::vector<std::pair<std::int64_t, float>>& streams,
+                       const std::string& store, std::int64_t page_bytes, std::int64_t staging,
+                       int readers, int writers) {
              std::vector<hift::Stream> all;
              for (const auto& [element_bytes, fill] : streams) {
                std::uint32_t bits;
@@ -145,38 +152,45 @@ void bind_engine(py::module_& m) {
              const hift::EngineOptions options{store, page_bytes, staging, readers, writers};
              return std::make_shared<Engine>(std::move(all), options);
            }),
-           py::arg("streams"), py::arg("store"), py::arg("page_bytes"), py::arg("staging"), py::arg("readers"),
-           py::arg("writers"))
+           py::arg("streams"), py::arg("store"), py::arg("page_bytes"), py::arg("staging"),
+           py::arg("readers"), py::arg("writers"))
       .def("add_groups", &Engine::add_groups, py::call_guard<py::gil_scoped_release>())
       .def(
           "step",
-          [](Engine& engine, int group, const py::list& rows, const std::vector<std::vector<float>>& hypers,
-             std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf, int threads, int next) {
+          [](Engine& engine, int group, const py::list& rows,
+             const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
+             std::int64_t clip, std::int64_t found_inf, int threads, int next) {
             const std::vector<Update> updates = updates_of(rows, hypers);
             hift::StepReport report;
             {
               py::gil_scoped_release release;
-              report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads, next);
+              report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads,
+                                   next);
             }
-            return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out, report.moved.wait_ms,
-                                  report.moved.transfer_ms, report.update_ms, report.step_ms);
+            return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out,
+                                  report.moved.wait_ms, report.moved.transfer_ms, report.update_ms,
+                                  report.step_ms);
           },
-          py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"), py::arg("clip"),
-          py::arg("found_inf"), py::arg("threads"), py::arg("next"))
+          py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
+          py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"))
       .def(
           "read",
-          [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
-             std::int64_t to) { engine.read(group, item, stream, begin, count, reinterpret_cast<std::byte*>(to)); },
+          [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,
+             std::int64_t count, std::int64_t to) {
+            engine.read(group, item, stream, begin, count, reinterpret_cast<std::byte*>(to));
+          },
           py::call_guard<py::gil_scoped_release>())
       .def(
           "write",
-          [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
-             std::int64_t from) {
-            engine.write(group, item, stream, begin, count, reinterpret_cast<const std::byte*>(from));
+          [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,
+             std::int64_t count, std::int64_t from) {
+            engine.write(group, item, stream, begin, count,
+                         reinterpret_cast<const std::byte*>(from));
           },
           py::call_guard<py::gil_scoped_release>())
       .def("view",
-           [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t count) -> py::object {
+           [](Engine& engine, int group, std::int64_t item, int stream,
+              std::int64_t count) -> py::object {
              std::shared_ptr<hift::Slab> owner;
              std::byte* data;
              {
@@ -184,7 +198,8 @@ void bind_engine(py::module_& m) {
                data = engine.address(group, item, stream, &owner);
              }
              if (data == nullptr) return py::none();
-             return py::cast(Bytes{std::move(owner), data, count * engine.streams()[stream].element_bytes});
+             return py::cast(
+                 Bytes{std::move(owner), data, count * engine.streams()[stream].element_bytes});
            })
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
       .def("flush", &Engine::flush, py::call_guard<py::gil_scoped_release>())
@@ -225,25 +240,27 @@ PYBIND11_MODULE(_hift_ext, m) {
   });
   m.def(
       "step_spans",
-      [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf, int threads) {
+      [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
+         int threads) {
         const std::vector<Span> spans = spans_of(rows);
         py::gil_scoped_release release;
-        hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf), threads);
+        hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                        threads);
       },
       py::arg("rows"), py::arg("grad_scale") = 0, py::arg("clip") = 0, py::arg("found_inf") = 0,
       py::arg("threads") = 1);
 #if HIFT_CUDA
   m.def(
       "cuda_step_spans",
-      [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf, int device,
-         std::int64_t stream) {
+      [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
+         int device, std::int64_t stream) {
         const std::vector<Span> spans = spans_of(rows);
         py::gil_scoped_release release;
-        hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf), device,
-                         reinterpret_cast<void*>(stream));
+        hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                         device, reinterpret_cast<void*>(stream));
       },
-      py::arg("rows"), py::arg("grad_scale"), py::arg("clip"), py::arg("found_inf"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("rows"), py::arg("grad_scale"), py::arg("clip"), py::arg("found_inf"),
+      py::arg("device"), py::arg("stream"));
 #endif
   bind_engine(m);
 }

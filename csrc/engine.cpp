@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pages of a group are updated in order. In place they join into whole parameters again, so that one parallel pass
-// covers the group; through a ring each page is a pass of its own, while its neighbours travel.
+// Pages of a group are updated in order. In place they join into whole parameters again, so that
+// one parallel pass covers the group; through a ring each page is a pass of its own, while its
+// neighbours travel.
 #include "engine.h"
 
 #include <algorithm>
@@ -22,7 +23,9 @@ double ms_since(Clock::time_point start) {
 // Parameters start on a cache line of their fp32 streams.
 constexpr std::int64_t kItemElements = 16;
 
-std::int64_t aligned(std::int64_t count) { return (count + kItemElements - 1) / kItemElements * kItemElements; }
+std::int64_t aligned(std::int64_t count) {
+  return (count + kItemElements - 1) / kItemElements * kItemElements;
+}
 
 std::unique_ptr<Store> make_store(const std::string& name) {
   if (name == "ram") return std::make_unique<RamStore>();
@@ -37,9 +40,13 @@ bool continues(const Span& a, const Span& b) {
   const auto follows = [&](const void* first, const void* second, std::int64_t size) {
     return static_cast<const std::byte*>(first) + a.count * size == second;
   };
-  if (a.rule != b.rule || a.param_dtype != b.param_dtype || a.grad_dtype != b.grad_dtype) return false;
-  if (a.grad_factor != b.grad_factor || std::memcmp(a.hyper, b.hyper, sizeof a.hyper) != 0) return false;
-  if (!follows(a.param, b.param, size_of(a.param_dtype)) || !follows(a.grad, b.grad, size_of(a.grad_dtype))) return false;
+  if (a.rule != b.rule || a.param_dtype != b.param_dtype || a.grad_dtype != b.grad_dtype)
+    return false;
+  if (a.grad_factor != b.grad_factor || std::memcmp(a.hyper, b.hyper, sizeof a.hyper) != 0)
+    return false;
+  if (!follows(a.param, b.param, size_of(a.param_dtype)) ||
+      !follows(a.grad, b.grad, size_of(a.grad_dtype)))
+    return false;
   for (int s = 0; s < cpu::rule(a.rule).states; ++s) {
     if (!follows(a.state[s], b.state[s], sizeof(float))) return false;
   }
@@ -48,11 +55,14 @@ bool continues(const Span& a, const Span& b) {
 
 }  // namespace
 
-Engine::Engine(std::vector<Stream> streams, EngineOptions options)
-    : options_(std::move(options)), table_(std::move(streams), options_.page_bytes), store_(make_store(options_.store)) {
+Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_ptr<Store> store)
+    : options_(std::move(options)),
+      table_(std::move(streams), options_.page_bytes),
+      store_(store != nullptr ? std::move(store) : make_store(options_.store)) {
   check_argument(options_.staging >= 0, "staging must not be negative: ", options_.staging);
-  check_argument(options_.readers >= 1 && options_.writers >= 1, "readers and writers must be at least 1: ",
-                 options_.readers, ", ", options_.writers);
+  check_argument(options_.readers >= 1 && options_.writers >= 1,
+                 "readers and writers must be at least 1: ", options_.readers, ", ",
+                 options_.writers);
   ram_ = dynamic_cast<RamStore*>(store_.get());
 }
 
@@ -87,33 +97,39 @@ void Engine::make_pager() {
   const std::int64_t slot_bytes = table_.max_record_bytes();
   if (ram_ == nullptr && slot_bytes > 0) {
     std::int64_t staging = options_.staging, largest = 2;
-    for (int g = 0; g < table_.groups(); ++g) largest = std::max(largest, table_.end_page(g) - table_.first_page(g));
+    for (int g = 0; g < table_.groups(); ++g)
+      largest = std::max(largest, table_.end_page(g) - table_.first_page(g));
     if (staging == 0) staging = largest * slot_bytes;
-    check_argument(staging >= 2 * slot_bytes, "staging of ", staging, " bytes does not hold two pages of ", slot_bytes,
+    check_argument(staging >= 2 * slot_bytes, "staging of ", staging,
+                   " bytes does not hold two pages of ", slot_bytes,
                    " bytes: pass a larger staging or a smaller page_bytes");
     slots = static_cast<int>(std::min(staging / slot_bytes, largest));
-    mover_ = std::make_unique<HostMover>(*store_, table_, slots, slot_bytes, options_.readers, options_.writers);
+    mover_ = std::make_unique<HostMover>(*store_, table_, slots, slot_bytes, options_.readers,
+                                         options_.writers);
   }
   pager_ = std::make_unique<Pager>(table_, *store_, mover_.get(), slots);
 }
 
 void Engine::check(int group, const std::vector<Update>& updates) const {
-  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
+                 table_.groups());
   std::int64_t previous = -1;
   for (const Update& u : updates) {
     check_argument(u.item > previous, "items of a step must ascend: ", u.item, " after ", previous);
-    check_argument(u.item < static_cast<std::int64_t>(items_[group].size()), "item ", u.item, " is not one of group ",
-                   group, "'s ", items_[group].size());
+    check_argument(u.item < static_cast<std::int64_t>(items_[group].size()), "item ", u.item,
+                   " is not one of group ", group, "'s ", items_[group].size());
     const RuleEntry& rule = cpu::rule(u.rule);
-    check_argument(static_cast<int>(u.hyper.size()) == rule.hypers, "rule ", rule.name, " takes ", rule.hypers,
-                   " hyper-parameters, not ", u.hyper.size());
-    check_argument(rule.states <= static_cast<int>(table_.streams().size()), "rule ", rule.name, " needs ", rule.states,
-                   " state streams; the pages have ", table_.streams().size());
+    check_argument(static_cast<int>(u.hyper.size()) == rule.hypers, "rule ", rule.name, " takes ",
+                   rule.hypers, " hyper-parameters, not ", u.hyper.size());
+    check_argument(rule.states <= static_cast<int>(table_.streams().size()), "rule ", rule.name,
+                   " needs ", rule.states, " state streams; the pages have ",
+                   table_.streams().size());
     previous = u.item;
   }
 }
 
-std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const std::vector<Update>& updates,
+std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
+                                   const std::vector<Update>& updates,
                                    const std::vector<Item>& items) const {
   std::vector<Span> spans;
   auto u = std::partition_point(updates.begin(), updates.end(), [&](const Update& update) {
@@ -128,7 +144,8 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const
     s.param = static_cast<std::byte*>(u->param) + (begin - item.begin) * size_of(u->param_dtype);
     s.grad = static_cast<const std::byte*>(u->grad) + (begin - item.begin) * size_of(u->grad_dtype);
     for (int i = 0; i < cpu::rule(u->rule).states; ++i) {
-      s.state[i] = reinterpret_cast<float*>(view.stream[i] + (begin - page.begin) * table_.streams()[i].element_bytes);
+      s.state[i] = reinterpret_cast<float*>(view.stream[i] + (begin - page.begin) *
+                                                                 table_.streams()[i].element_bytes);
     }
     std::copy(u->hyper.begin(), u->hyper.end(), s.hyper);
     s.grad_factor = u->grad_factor;
@@ -140,7 +157,8 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const
   return spans;
 }
 
-StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling, int threads, int next) {
+StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling,
+                        int threads, int next) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto start = Clock::now();
   check(group, updates);
@@ -192,8 +210,9 @@ StepReport Engine::step(int group, const std::vector<Update>& updates, const Sca
     const std::int64_t updated = released - first;
     let_go(false);
     if (updated > 0) {
-      throw std::runtime_error(text("the step stopped after ", updated, " of ", end - first, " pages of group ", group,
-                                    " had been updated; repeat it only from a checkpoint. Cause: ", error.what()));
+      throw std::runtime_error(
+          text("the step stopped after ", updated, " of ", end - first, " pages of group ", group,
+               " had been updated; repeat it only from a checkpoint. Cause: ", error.what()));
     }
     throw;
   }
@@ -203,32 +222,37 @@ StepReport Engine::step(int group, const std::vector<Update>& updates, const Sca
   return report;
 }
 
-const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const {
-  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
-  check_argument(index >= 0 && index < static_cast<std::int64_t>(items_[group].size()), "item ", index,
-                 " is not one of group ", group, "'s ", items_[group].size());
+const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t begin,
+                                 std::int64_t count) const {
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
+                 table_.groups());
+  check_argument(index >= 0 && index < static_cast<std::int64_t>(items_[group].size()), "item ",
+                 index, " is not one of group ", group, "'s ", items_[group].size());
   const Item& it = items_[group][index];
-  check_argument(begin >= 0 && count >= 0 && begin <= it.count && count <= it.count - begin, "elements [", begin, ", ",
-                 begin, " + ", count, ") are outside the item's ", it.count);
+  check_argument(begin >= 0 && count >= 0 && begin <= it.count && count <= it.count - begin,
+                 "elements [", begin, ", ", begin, " + ", count, ") are outside the item's ",
+                 it.count);
   return it;
 }
 
-void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count, std::byte* to) {
+void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
+                  std::byte* to) {
   const std::lock_guard<std::mutex> lock(mutex_);
   pager_->read(group, stream, item(group, index, begin, count).begin + begin, count, to);
 }
 
-void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
-                   const std::byte* from) {
+void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin,
+                   std::int64_t count, const std::byte* from) {
   const std::lock_guard<std::mutex> lock(mutex_);
   pager_->write(group, stream, item(group, index, begin, count).begin + begin, count, from);
 }
 
-std::byte* Engine::address(int group, std::int64_t index, int stream, std::shared_ptr<Slab>* owner) {
+std::byte* Engine::address(int group, std::int64_t index, int stream,
+                           std::shared_ptr<Slab>* owner) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Item& it = item(group, index, 0, 0);
-  check_argument(stream >= 0 && stream < static_cast<int>(streams().size()), "stream ", stream, " is not one of ",
-                 streams().size());
+  check_argument(stream >= 0 && stream < static_cast<int>(streams().size()), "stream ", stream,
+                 " is not one of ", streams().size());
   if (ram_ == nullptr) return nullptr;
   const std::int64_t last = it.begin + std::max<std::int64_t>(it.count, 1) - 1;
   if (it.count > 0) {
@@ -244,7 +268,8 @@ std::byte* Engine::address(int group, std::int64_t index, int stream, std::share
 
 void Engine::prefetch(int group) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ", table_.groups());
+  check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
+                 table_.groups());
   pager_->prefetch(group);
 }
 
@@ -255,7 +280,9 @@ void Engine::flush() {
 
 std::int64_t Engine::store_bytes() const { return store_->bytes(); }
 
-std::int64_t Engine::staging_bytes() const { return pager_ == nullptr ? 0 : pager_->resident_bytes(); }
+std::int64_t Engine::staging_bytes() const {
+  return pager_ == nullptr ? 0 : pager_->resident_bytes();
+}
 
 std::int64_t Engine::touched_bytes() const {
   std::int64_t bytes = 0;

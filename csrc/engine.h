@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine: acquire -> step -> release over the pages of one group, then the next group's pages start to move in.
-// It joins the pager, which knows bytes, with the update, which knows arithmetic. One lock, one call a step.
+// The engine: acquire -> step -> release over the pages of one group, then the next group's pages
+// start to move in. It joins the pager, which knows bytes, with the update, which knows arithmetic.
+// One lock, one call a step.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,8 @@ namespace hift {
 struct EngineOptions {
   std::string store = "ram";          // "ram", "disk" (unlinked scratch) or "disk:PATH"
   std::int64_t page_bytes = 8 << 20;  // upper bound of a page's record
-  std::int64_t staging = 0;           // bytes of ring for a disk store; 0: room for the largest group
-  int readers = 2;                    // threads that bring pages in, and that write them back
+  std::int64_t staging = 0;  // bytes of ring for a disk store; 0: room for the largest group
+  int readers = 2;           // threads that bring pages in, and that write them back
   int writers = 2;
 };
 
@@ -45,32 +46,39 @@ struct StepReport {
 
 class Engine {
  public:
-  Engine(std::vector<Stream> streams, EngineOptions options);
+  /// `store` replaces the one that the options name.
+  Engine(std::vector<Stream> streams, EngineOptions options,
+         std::unique_ptr<Store> store = nullptr);
   ~Engine();
 
   /// Adds groups; `counts[g][i]` is the number of elements of item i of group g. All or nothing.
   void add_groups(const std::vector<std::vector<std::int64_t>>& counts);
 
   /// Updates `group`, then prefetches `next` (negative: nothing). Items of one call ascend.
-  /// Where the ring holds the whole group, every page is brought in before the first weight changes, so that a failed
-  /// read changes nothing; where it does not, the error says how many pages were already updated.
-  StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling, int threads, int next);
+  /// Where the ring holds the whole group, every page is brought in before the first weight
+  /// changes, so that a failed read changes nothing; where it does not, the error says how many
+  /// pages were already updated.
+  StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling,
+                  int threads, int next);
 
   /// Copies `count` elements of one stream of an item, from element `begin` of the item on.
-  void read(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count, std::byte* to);
-  void write(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count, const std::byte* from);
+  void read(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
+            std::byte* to);
+  void write(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
+             const std::byte* from);
 
-  /// For state that rests in host memory: the item's stream in place, and the slab that keeps it alive. Null for files.
-  /// Pages the item lies in are given their fill value first, as they would be by a first visit.
+  /// For state that rests in host memory: the item's stream in place, and the slab that keeps it
+  /// alive. Null for files. Pages the item lies in are given their fill value first, as they would
+  /// be by a first visit.
   std::byte* address(int group, std::int64_t item, int stream, std::shared_ptr<Slab>* owner);
 
   void prefetch(int group);
   void flush();
 
-  std::int64_t store_bytes() const;     // reserved where pages rest
-  std::int64_t staging_bytes() const;   // ring in compute memory
-  std::int64_t touched_bytes() const;   // of pages that hold something
-  std::string description() const;      // the store's, with its fallbacks
+  std::int64_t store_bytes() const;    // reserved where pages rest
+  std::int64_t staging_bytes() const;  // ring in compute memory
+  std::int64_t touched_bytes() const;  // of pages that hold something
+  std::string description() const;     // the store's, with its fallbacks
   const std::vector<Stream>& streams() const { return table_.streams(); }
 
  private:
@@ -80,7 +88,8 @@ class Engine {
   };
   const Item& item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const;
   void make_pager();
-  std::vector<Span> spans_of(const Page& page, const PageView& view, const std::vector<Update>& updates,
+  std::vector<Span> spans_of(const Page& page, const PageView& view,
+                             const std::vector<Update>& updates,
                              const std::vector<Item>& items) const;
   void check(int group, const std::vector<Update>& updates) const;
 

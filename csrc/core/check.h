@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks that throw: every size and address that crosses a boundary is checked, and the error carries the value.
-// std::invalid_argument becomes ValueError in Python, std::runtime_error RuntimeError, std::system_error OSError.
+// Checks that throw: every size and address that crosses a boundary is checked, and the error
+// carries the value. std::invalid_argument becomes ValueError in Python, std::runtime_error
+// RuntimeError, std::system_error OSError.
 #pragma once
 
 #include <cerrno>
@@ -31,7 +32,8 @@ void check_order(bool ok, const Parts&... parts) {
   if (!ok) throw std::logic_error(text(parts...));
 }
 
-/// Throws std::system_error for `error` (errno by default) with `parts` in front of the system's own words.
+/// Throws std::system_error for `error` (errno by default) with `parts` in front of the system's
+/// own words.
 template <class... Parts>
 [[noreturn]] void throw_errno(int error, const Parts&... parts) {
   throw std::system_error(error, std::generic_category(), text(parts...));

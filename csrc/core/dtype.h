@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit floats as bit patterns, with conversions in plain integer and float arithmetic: the same bits on every
-// instruction set and on the GPU, and simple enough to vectorise. Rounding is to nearest, ties to even; NaN stays NaN.
+// 16-bit floats as bit patterns, with conversions in plain integer and float arithmetic: the same
+// bits on every instruction set and on the GPU, and simple enough to vectorise. Rounding is to
+// nearest, ties to even; NaN stays NaN.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +48,8 @@ HIFT_INLINE float load(BFloat16 x) { return float_of(std::uint32_t{x.bits} << 16
 HIFT_INLINE float load(Float16 x) {
   const std::uint32_t sign = (x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
-  // Exponent and mantissa moved into place, then the bias 15 -> 127 by an exact multiplication, which also
-  // normalises subnormals. Inf and NaN overflow the range and get float's own exponent.
+  // Exponent and mantissa moved into place, then the bias 15 -> 127 by an exact multiplication,
+  // which also normalises subnormals. Inf and NaN overflow the range and get float's own exponent.
   const float scaled = float_of(magnitude << 13) * float_of(0x77800000u);  // 2^112
   const std::uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   return float_of(bits_of(scaled) | special | sign);
@@ -60,15 +61,18 @@ HIFT_INLINE void store(BFloat16& to, float x) {
   const std::uint32_t bits = bits_of(x);
   const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const std::uint32_t quiet_nan = bits | 0x00400000u;
-  to.bits = static_cast<std::uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded) >> 16);
+  to.bits =
+      static_cast<std::uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded) >> 16);
 }
 
 HIFT_INLINE void store(Float16& to, float x) {
   const std::uint32_t sign = bits_of(x) & 0x80000000u;
   const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-  // Normal range: rebias and round the 13 dropped bits. A carry out of the mantissa is the next exponent, as it should be.
+  // Normal range: rebias and round the 13 dropped bits. A carry out of the mantissa is the next
+  // exponent, as it should be.
   const std::uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 aligns the mantissa with half's subnormal grid, and the addition itself rounds.
+  // Below 2^-14: adding 0.5 aligns the mantissa with half's subnormal grid, and the addition itself
+  // rounds.
   const std::uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
   const std::uint32_t nan_or_inf = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one loop over a span's elements, for every rule and every pair of types. Each instruction set includes it once,
-// under its own target pragma and its own HIFT_NS, after every standard header: no inline function is shared between them.
+// The one loop over a span's elements, for every rule and every pair of types. Each instruction set
+// includes it once, under its own target pragma and its own HIFT_NS, after every standard header:
+// no inline function is shared between them.
 
 #include "core/dtype.h"
 #include "core/span.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool is made at its first use, grows to the largest number of threads asked for, and is never destroyed: its
-// threads sleep on a condition variable until the process ends.
+// The pool is made at its first use, grows to the largest number of threads asked for, and is never
+// destroyed: its threads sleep on a condition variable until the process ends.
 #include "cpu/pool.h"
 
 #include <pthread.h>
@@ -17,7 +17,8 @@ namespace {
 
 class Pool {
  public:
-  void run(std::int64_t count, int threads, const std::function<void(std::int64_t, std::int64_t)>& body) {
+  void run(std::int64_t count, int threads,
+           const std::function<void(std::int64_t, std::int64_t)>& body) {
     const std::lock_guard<std::mutex> turn(turn_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -32,13 +33,15 @@ class Pool {
     wake_.notify_all();
     body(0, bound(1));
     std::unique_lock<std::mutex> lock(mutex_);
-    // `body` and all it refers to live on the caller's stack: nobody may still be in it when this returns.
+    // `body` and all it refers to live on the caller's stack: nobody may still be in it when this
+    // returns.
     done_.wait(lock, [this] { return running_ == 0; });
     body_ = nullptr;
   }
 
  private:
-  /// First element of part `part`, a multiple of 64 so that two threads never write one cache line of a float stream.
+  /// First element of part `part`, a multiple of 64 so that two threads never write one cache line
+  /// of a float stream.
   std::int64_t bound(int part) const {
     if (part == parts_) return count_;
     const std::int64_t share = (count_ + parts_ - 1) / parts_;
@@ -87,8 +90,8 @@ class Pool {
   int running_ = 0;
 };
 
-/// The pool of this process. A forked child has none of the parent's threads, and perhaps its locks held: it leaves
-/// that pool alone and makes another.
+/// The pool of this process. A forked child has none of the parent's threads, and perhaps its locks
+/// held: it leaves that pool alone and makes another.
 Pool& pool() {
   static std::mutex mutex;
   static Pool* current = nullptr;
@@ -105,7 +108,8 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t, std::int64_t)>& body) {
+void parallel_for(std::int64_t count, int threads,
+                  const std::function<void(std::int64_t, std::int64_t)>& body) {
   if (threads <= 1) {
     if (count > 0) body(0, count);
     return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small pool of threads that sleep between steps. Not OpenMP: no second runtime beside torch's, and nothing that
-// ThreadSanitizer cannot see through.
+// A small pool of threads that sleep between steps. Not OpenMP: no second runtime beside torch's,
+// and nothing that ThreadSanitizer cannot see through.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,11 @@
 
 namespace hift::cpu {
 
-/// Calls `body(begin, end)` on disjoint ranges that cover [0, count), on the caller and on `threads` - 1 workers, and
-/// returns when all are done. Workers take the caller's floating-point mode (flush-to-zero, rounding). `body` must not
-/// throw. Calls from several threads take turns; after a fork the child gets workers of its own.
-void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t, std::int64_t)>& body);
+/// Calls `body(begin, end)` on disjoint ranges that cover [0, count), on the caller and on
+/// `threads` - 1 workers, and returns when all are done. Workers take the caller's floating-point
+/// mode (flush-to-zero, rounding). `body` must not throw. Calls from several threads take turns;
+/// after a fork the child gets workers of its own.
+void parallel_for(std::int64_t count, int threads,
+                  const std::function<void(std::int64_t, std::int64_t)>& body);
 
 }  // namespace hift::cpu

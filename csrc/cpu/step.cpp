@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses the instruction set once, checks every span, and splits the elements evenly over threads: a range may begin
-// and end inside a span, since elements do not know their neighbours.
+// Chooses the instruction set once, checks every span, and splits the elements evenly over threads:
+// a range may begin and end inside a span, since elements do not know their neighbours.
 #include "cpu/step.h"
 
 #include <atomic>
@@ -26,8 +26,8 @@ std::vector<InstructionSet> available() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     sets.push_back({"avx2", avx2::table()});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       sets.push_back({"avx512", avx512::table()});
     }
   }
@@ -43,8 +43,8 @@ const InstructionSet& find(const std::string& name) {
     if (name == set.name) return set;
     offered += text(offered.empty() ? "" : ", ", set.name);
   }
-  throw std::invalid_argument(
-      text("instruction set '", name, "' is not offered on this processor; offered are: ", offered));
+  throw std::invalid_argument(text("instruction set '", name,
+                                   "' is not offered on this processor; offered are: ", offered));
 }
 
 std::atomic<const InstructionSet*>& current() {
@@ -56,12 +56,12 @@ std::atomic<const InstructionSet*>& current() {
 }
 
 UpdateRange checked(const RuleEntry* table, const Span& s) {
-  check_argument(s.rule >= 0 && s.rule < generic::kRules, "rule ", s.rule, " is not in the list of ",
-                 generic::kRules);
+  check_argument(s.rule >= 0 && s.rule < generic::kRules, "rule ", s.rule,
+                 " is not in the list of ", generic::kRules);
   const RuleEntry& rule = table[s.rule];
   const int p = static_cast<int>(s.param_dtype), g = static_cast<int>(s.grad_dtype);
-  check_argument(p >= 0 && p < 3 && g >= 0 && g < 3 && rule.update[p][g] != nullptr, "rule ", rule.name,
-                 " has no loop for parameter type ", p, " with gradient type ", g);
+  check_argument(p >= 0 && p < 3 && g >= 0 && g < 3 && rule.update[p][g] != nullptr, "rule ",
+                 rule.name, " has no loop for parameter type ", p, " with gradient type ", g);
   check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
   bool present = s.param != nullptr && s.grad != nullptr;
   for (int i = 0; i < rule.states; ++i) present = present && s.state[i] != nullptr;
@@ -86,20 +86,24 @@ void step(const Span* spans, std::size_t count, const Scaling& scaling, int thre
   if (scaling.grad_scale != nullptr) factor /= *scaling.grad_scale;
 
   const std::int64_t useful = 1 + (total - 1) / kMinElementsPerThread;
-  parallel_for(total, static_cast<int>(useful < threads ? useful : threads), [&](std::int64_t begin, std::int64_t end) {
-    std::int64_t first = 0;  // element at which span i starts
-    for (std::size_t i = 0; i < count && first < end; first += spans[i].count, ++i) {
-      const std::int64_t from = begin > first ? begin - first : 0;
-      const std::int64_t to = end - first < spans[i].count ? end - first : spans[i].count;
-      if (from < to) update[i](spans[i], from, to, spans[i].grad_factor * static_cast<float>(factor));
-    }
-  });
+  parallel_for(
+      total, static_cast<int>(useful < threads ? useful : threads),
+      [&](std::int64_t begin, std::int64_t end) {
+        std::int64_t first = 0;  // element at which span i starts
+        for (std::size_t i = 0; i < count && first < end; first += spans[i].count, ++i) {
+          const std::int64_t from = begin > first ? begin - first : 0;
+          const std::int64_t to = end - first < spans[i].count ? end - first : spans[i].count;
+          if (from < to)
+            update[i](spans[i], from, to, spans[i].grad_factor * static_cast<float>(factor));
+        }
+      });
 }
 
 int rule_count() { return generic::kRules; }
 
 const RuleEntry& rule(int number) {
-  check_argument(number >= 0 && number < rule_count(), "rule ", number, " is not in the list of ", rule_count());
+  check_argument(number >= 0 && number < rule_count(), "rule ", number, " is not in the list of ",
+                 rule_count());
   return baseline::table()[number];
 }
 

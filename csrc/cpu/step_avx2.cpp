@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loop compiled for AVX2 and FMA, eight floats at a time.
-// The standard headers come first: nothing of theirs may be compiled for this target and then kept for everyone.
+// The standard headers come first: nothing of theirs may be compiled for this target and then kept
+// for everyone.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

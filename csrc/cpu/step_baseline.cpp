@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loop compiled for the compiler's own target: SSE2 on x86-64, whatever is standard elsewhere.
-// The standard headers come first: nothing of theirs may be compiled for this target and then kept for everyone.
+// The standard headers come first: nothing of theirs may be compiled for this target and then kept
+// for everyone.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

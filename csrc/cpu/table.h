@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one instruction set offers: for every rule its name, its sizes and a loop for each pair of types.
-// Plain data, so that it may cross from a translation unit compiled for AVX-512 into one that is not.
+// What one instruction set offers: for every rule its name, its sizes and a loop for each pair of
+// types. Plain data, so that it may cross from a translation unit compiled for AVX-512 into one
+// that is not.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,15 @@
 namespace hift {
 
 /// Updates elements [begin, end) of the span; gradients are multiplied by `grad_factor` first.
-using UpdateRange = void (*)(const Span& span, std::int64_t begin, std::int64_t end, float grad_factor);
+using UpdateRange = void (*)(const Span& span, std::int64_t begin, std::int64_t end,
+                             float grad_factor);
 
 struct RuleEntry {
   const char* name;
   int states;
   int hypers;
-  UpdateRange update[3][3];  // [parameter's DType][gradient's DType]; null where the pair is not offered
+  UpdateRange
+      update[3][3];  // [parameter's DType][gradient's DType]; null where the pair is not offered
 };
 
 namespace baseline {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adagrad (Duchi et al., JMLR 12, 2011): every element's rate falls with the sum of its squared gradients.
+// Adagrad (Duchi et al., JMLR 12, 2011): every element's rate falls with the sum of its squared
+// gradients.
 #pragma once
 
 #include "rules/rule.h"

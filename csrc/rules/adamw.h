@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adam (Kingma & Ba, arXiv 1412.6980) and AdamW (Loshchilov & Hutter, arXiv 1711.05101), with and without AMSGrad
-// (Reddi et al., arXiv 1904.09237). eps stands outside the root; bias corrections are folded on the host, in double.
+// Adam (Kingma & Ba, arXiv 1412.6980) and AdamW (Loshchilov & Hutter, arXiv 1711.05101), with and
+// without AMSGrad (Reddi et al., arXiv 1904.09237). eps stands outside the root; bias corrections
+// are folded on the host, in double.
 #pragma once
 
 #include "rules/rule.h"
 
 namespace hift::HIFT_NS {
 
-/// Decoupled: the weight shrinks by `decay` = 1 - lr * weight_decay. Otherwise `decay` is the L2 coefficient.
+/// Decoupled: the weight shrinks by `decay` = 1 - lr * weight_decay. Otherwise `decay` is the L2
+/// coefficient.
 struct AdamHyper {
   float decay;
   float one_minus_beta1;
@@ -19,7 +21,8 @@ struct AdamHyper {
 };
 
 template <bool kDecoupled>
-HIFT_FN float adam_moments(float& p, float g, float& exp_avg, float& exp_avg_sq, const AdamHyper& h) {
+HIFT_FN float adam_moments(float& p, float g, float& exp_avg, float& exp_avg_sq,
+                           const AdamHyper& h) {
   if constexpr (kDecoupled) {
     p *= h.decay;
   } else {
@@ -50,8 +53,8 @@ struct AmsgradRule {
   static constexpr const char* name = kDecoupled ? "adamw_amsgrad" : "adam_amsgrad";
   static constexpr int states = 3;
   using Hyper = AdamHyper;
-  HIFT_FN static void update(float& p, float g, float& exp_avg, float& exp_avg_sq, float& max_exp_avg_sq,
-                             const Hyper& h) {
+  HIFT_FN static void update(float& p, float g, float& exp_avg, float& exp_avg_sq,
+                             float& max_exp_avg_sq, const Hyper& h) {
     const float v = adam_moments<kDecoupled>(p, g, exp_avg, exp_avg_sq, h);
     max_exp_avg_sq = max_exp_avg_sq > v ? max_exp_avg_sq : v;
     adam_apply(p, exp_avg, max_exp_avg_sq, h);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of rules. A rule's place in it is the number a span carries; a new rule adds its header and one line here.
+// The list of rules. A rule's place in it is the number a span carries; a new rule adds its header
+// and one line here.
 #pragma once
 
 #include "rules/adagrad.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a rule is: a struct with `name`, `states`, a `Hyper` of floats and one inline `update` on plain floats.
-// Rules know arithmetic and nothing else. HIFT_NS keeps one copy of them per instruction set (see cpu/loop.inl).
+// What a rule is: a struct with `name`, `states`, a `Hyper` of floats and one inline `update` on
+// plain floats. Rules know arithmetic and nothing else. HIFT_NS keeps one copy of them per
+// instruction set (see cpu/loop.inl).
 #pragma once
 
 #include <cmath>
@@ -25,7 +26,8 @@ HIFT_FN float lerp(float start, float end, float weight) {
   return fmaf(coefficient, end - start, near_start ? start : end);
 }
 
-/// Gradient with the L2 penalty added, as torch's `grad.add(param, alpha=weight_decay)`; 0 leaves NaN and Inf weights out of it.
+/// Gradient with the L2 penalty added, as torch's `grad.add(param, alpha=weight_decay)`; 0 leaves
+/// NaN and Inf weights out of it.
 HIFT_FN float with_l2(float grad, float param, float weight_decay) {
   return weight_decay != 0.0f ? fmaf(weight_decay, param, grad) : grad;
 }

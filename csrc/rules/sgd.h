@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stochastic gradient descent, plain and with momentum, in torch.optim.SGD's form: dampening, Nesterov, and a
-// momentum buffer whose first value is the gradient itself.
+// Stochastic gradient descent, plain and with momentum, in torch.optim.SGD's form: dampening,
+// Nesterov, and a momentum buffer whose first value is the gradient itself.
 #pragma once
 
 #include "rules/rule.h"
@@ -14,7 +14,9 @@ struct Sgd {
     float weight_decay;
     float rate;
   };
-  HIFT_FN static void update(float& p, float g, const Hyper& h) { p = fmaf(-h.rate, with_l2(g, p, h.weight_decay), p); }
+  HIFT_FN static void update(float& p, float g, const Hyper& h) {
+    p = fmaf(-h.rate, with_l2(g, p, h.weight_decay), p);
+  }
 };
 
 struct Momentum {
