@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import mmap
 import os
 import statistics
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import arguments, draw, machine, plt, write
+from common import arguments, draw, machine, write
+from matplotlib.figure import Figure
 from torch import nn
 
 import hift_ext
@@ -103,7 +105,7 @@ class Step:
 class Variant:
     """A copy of the model that shares its weights' memory, with an optimizer of its own."""
 
-    def __init__(self, name: str, model: nn.Module, store: str, staging: int | str) -> None:
+    def __init__(self, name: str, model: nn.Module, store: str, staging: Any) -> None:
         self.name, self.store, self.staging = name, store, staging
         self.model = copy.deepcopy(model)
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -203,7 +205,7 @@ def row_of(variant: Variant, ram: Variant, model: str, tokens: int) -> dict[str,
         return statistics.median(a.ms / b.ms for a, b in zip(mine, theirs, strict=True))
 
     mine, theirs = by_group(variant.steps), by_group(ram.steps)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for index, steps in mine.items():
         keys = ("hidden_ms", "wait_ms", "transfer_ms", "update_ms", "bytes_in", "bytes_out")
         figures = {key: statistics.median(step.stats[key] for step in steps) for key in keys}
@@ -221,7 +223,9 @@ def row_of(variant: Variant, ram: Variant, model: str, tokens: int) -> dict[str,
             }
         )
     stats = variant.steps[-1].stats
-    shorter = [g["ratio_to_ram"] for g in groups if g["transfer_is_shorter"]]
+    shorter: list[float] = [
+        group["ratio_to_ram"] for group in groups if group["transfer_is_shorter"]
+    ]
     return {
         "store": variant.store,
         "staging": variant.staging,
@@ -246,9 +250,8 @@ def row_of(variant: Variant, ram: Variant, model: str, tokens: int) -> dict[str,
 def plot(path: Any, result: dict[str, Any], timelines: dict[tuple[int, str], list[Step]]) -> None:
     """Bars of hidden and exposed transfer above, one turn on the clock below, per input length."""
     lengths = sorted({row["tokens"] for row in result["rows"]}, reverse=True)
-    figure, panels = plt.subplots(
-        2, len(lengths), figsize=(8 * len(lengths), 8.5), squeeze=False, height_ratios=(2, 3)
-    )
+    figure = Figure(figsize=(8 * len(lengths), 8.5))
+    panels = figure.subplots(2, len(lengths), squeeze=False, height_ratios=(2, 3))
     for column, tokens in enumerate(lengths):
         rows = [row for row in result["rows"] if row["tokens"] == tokens]
         panel = panels[0][column]
@@ -291,13 +294,14 @@ def timeline(panel: Any, lines: Sequence[tuple[str, list[Step]]]) -> None:
         origin = steps[0].begin
         for number, step in enumerate(steps):
             marks = [step.begin, step.forward, step.backward, step.end]
-            spans = [(1e3 * (a - origin), 1e3 * (b - a)) for a, b in zip(marks, marks[1:])]
+            spans = [(1e3 * (a - origin), 1e3 * (b - a)) for a, b in itertools.pairwise(marks)]
             wait = step.stats["wait_ms"]
             begin, length = spans.pop()
             panel.broken_barh(spans[:1], (index - 0.36, 0.36), color="#c9d3dd")
             panel.broken_barh(spans[1:], (index - 0.36, 0.36), color="#9fb0c0")
+            update = (begin + wait, length - wait)
             panel.broken_barh([(begin, wait)], (index - 0.36, 0.36), color="#c8102e")
-            panel.broken_barh([(begin + wait, length - wait)], (index - 0.36, 0.36), color="#3b6ea5")
+            panel.broken_barh([update], (index - 0.36, 0.36), color="#3b6ea5")
             # The pager reports how long copies ran since the last step, and they start at its end.
             after = 1e3 * ((steps[number - 1].end if number else step.begin) - origin)
             transfer = [(after, step.stats["transfer_ms"])]
@@ -313,8 +317,10 @@ def timeline(panel: Any, lines: Sequence[tuple[str, list[Step]]]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def measure(model: str, tokens: int, rounds: int, steps: int | None) -> tuple[list[Variant], list]:
-    """Runs all variants in turns. The first turn of each is a warm-up: untouched pages do not move."""
+def measure(
+    model: str, tokens: int, rounds: int, steps: int | None
+) -> tuple[list[Variant], list[tuple[float, float]]]:
+    """Runs all variants in turns. The first turn is a warm-up: untouched pages do not move."""
     torch.manual_seed(0)
     size = SIZES[model]
     base = Decoder(size)

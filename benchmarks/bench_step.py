@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from ceiling import Ceiling
-from common import INK, arguments, draw, interleave, machine, median_ratio, plt, write
+from common import COLORS, arguments, draw, interleave, machine, median_ratio, write
+from matplotlib.figure import Figure
 
 import hift_ext
 
@@ -116,15 +118,16 @@ def deepspeed_step(case: Case, params: Sequence[torch.nn.Parameter]) -> Callable
     """DeepSpeed's step on the CPU, which it compiles at its first use."""
     if case.rule == "sgd":
         raise NotImplementedError("DeepSpeed has no SGD for the CPU")
-    if case.rule == "adagrad":
-        from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
-
-        return DeepSpeedCPUAdagrad(params, lr=LR).step
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(
-        params, lr=LR, weight_decay=1e-2, adamw_mode=True, fp32_optimizer_states=True
-    ).step
+    adagrad = case.rule == "adagrad"
+    module = importlib.import_module(f"deepspeed.ops.{'adagrad' if adagrad else 'adam'}")
+    optimizer: torch.optim.Optimizer = (
+        module.DeepSpeedCPUAdagrad(params, lr=LR)
+        if adagrad
+        else module.DeepSpeedCPUAdam(
+            params, lr=LR, weight_decay=1e-2, adamw_mode=True, fp32_optimizer_states=True
+        )
+    )
+    return optimizer.step
 
 
 PEERS: dict[str, Callable[[Case, Sequence[torch.nn.Parameter]], Callable[[], object]]] = {
@@ -193,22 +196,21 @@ def plot(path: Any, result: dict[str, Any]) -> None:
     rows = result["rows"]
     cases = list(dict.fromkeys((row["rule"], row["param"]) for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, panels = plt.subplots(
-        len(cases), len(shapes), figsize=(3.6 * len(shapes), 1.9 * len(cases) + 1), squeeze=False
-    )
+    figure = Figure(figsize=(3.6 * len(shapes), 1.9 * len(cases) + 1))
+    panels = figure.subplots(len(cases), len(shapes), squeeze=False)
     for case, line in zip(cases, panels, strict=True):
         for shape, panel in zip(shapes, line, strict=True):
             here = [r for r in rows if (r["rule"], r["param"], r["shape"]) == (*case, shape)]
             bars = [r for r in here if r["impl"] != "ceiling"]
             small = here[0]["elements"] < 1 << 20
             values = [1e3 * r["median_ms"] if small else r["gbps"] for r in bars]
-            colors = [INK[r["impl"]] for r in bars]
+            colors = [COLORS[r["impl"]] for r in bars]
             names = [r["impl"].replace("_", " ") for r in bars]
             panel.barh(names, values, color=colors)
             top = max(values)
             if not small:
                 top = max(top, here[0]["ceiling_gbps"])
-                panel.axvline(here[0]["ceiling_gbps"], color=INK["ceiling"], ls="--", lw=1)
+                panel.axvline(here[0]["ceiling_gbps"], color=COLORS["ceiling"], ls="--", lw=1)
             for index, (value, row) in enumerate(zip(values, bars, strict=True)):
                 text = f"{value:.0f} µs" if small else f"{value:.1f}"
                 if not small and row["impl"] == "hift":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The bound of bench_step: a plain C loop that reads and writes the same bytes as an optimizer's step
-# and computes next to nothing. Compiled when it is needed, since torch has no such pass.
+# The bound of bench_step: a plain C loop that reads and writes the same bytes as a step does and
+# computes next to nothing. Compiled when it is needed, since torch has no such pass.
 """How fast a step could be if arithmetic were free."""
 
 from __future__ import annotations
@@ -73,16 +73,19 @@ static void* work(void* argument) {
   return 0;
 }
 
-int ceiling(const Tensor* tensors, int64_t count, int states, int narrow, int threads, uint32_t zero) {
+int ceiling(const Tensor* tensors, int64_t count, int states, int narrow, int threads,
+            uint32_t zero) {
   enum { kMost = 256 };
   pthread_t thread[kMost];
   Job job[kMost];
   int64_t total = 0;
-  if (threads < 1 || threads > kMost || states < 1 || states > 2 || (narrow && states != 2)) return -1;
+  if (threads < 1 || threads > kMost || states < 1 || states > 2) return -1;
+  if (narrow && states != 2) return -1;
   for (int64_t k = 0; k < count; ++k) total += tensors[k].count;
   if (total < 65536) threads = 1;
   for (int t = 0; t < threads; ++t) {
-    job[t] = (Job){tensors, count, total * t / threads, total * (t + 1) / threads, states, narrow, zero};
+    const int64_t begin = total * t / threads, end = total * (t + 1) / threads;
+    job[t] = (Job){tensors, count, begin, end, states, narrow, zero};
   }
   for (int t = 1; t < threads; ++t) {
     if (pthread_create(&thread[t], 0, work, &job[t]) != 0) return -1;

@@ -19,17 +19,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display is needed to write a file
+import hift_ext
+from hift_ext import ops
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-import hift_ext  # noqa: E402
-
-INK = {
+COLORS = {
     "hift": "#c8102e",
     "ceiling": "#222222",
     "torch_fused": "#3b6ea5",
@@ -40,8 +36,6 @@ INK = {
 
 def machine() -> dict[str, Any]:
     """The machine the figures are from: name, cores, instruction set, memory, torch, date."""
-    from hift_ext import ops
-
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
@@ -80,11 +74,10 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def draw(path: Path, figure: Figure, title: str, info: Mapping[str, Any]) -> None:
-    """Titles a figure with the machine, writes it as PNG and closes it."""
+    """Titles a figure with the machine, and writes it as PNG."""
     figure.tight_layout()
     figure.suptitle(f"{title}\n{caption(info)}", fontsize=11, va="bottom", y=1.0)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def interleave(

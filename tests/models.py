@@ -72,6 +72,11 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
+    """Names of the parameters that differ from `before`."""
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models' parameters agree to the bit."""
     other = dict(b.named_parameters())

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
 import warnings
 
 import models
@@ -17,11 +14,6 @@ from reference import ReferenceHiFT
 from torch import nn
 
 import hift_ext
-
-
-def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
-    """Names of the parameters that differ from `before`."""
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
 def names(optimizer: hift_ext.HiFTOptimizer, index: int) -> set[str]:
@@ -37,7 +29,7 @@ def test_each_step_changes_exactly_the_active_group(order) -> None:
     for tokens in models.batches(12):
         before, active = models.weights(model), optimizer.active
         models.train(model, optimizer, [tokens])
-        assert changed(before, model) == names(optimizer, active)
+        assert models.changed(before, model) == names(optimizer, active)
         turns.append(active)
     assert sorted(turns[:6]) == list(range(6))
     assert turns[:6] == turns[6:]  # the order is fixed, also the random one
@@ -72,7 +64,9 @@ def test_groups_are_fixed_when_m_does_not_divide_n(m, k) -> None:
     for tokens in models.batches(3 * k):
         before, active = models.weights(model), optimizer.active
         models.train(model, optimizer, [tokens])
-        assert seen.setdefault(active, changed(before, model)) == changed(before, model)
+        assert seen.setdefault(active, models.changed(before, model)) == models.changed(
+            before, model
+        )
     assert set().union(*seen.values()) == {name for name, _ in model.named_parameters()}
 
 
@@ -226,7 +220,7 @@ def test_frozen_by_the_user_stay_frozen_and_keep_their_index() -> None:
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     assert len(optimizer.groups) == 5
     models.train(model, optimizer, models.batches(10))
-    assert "embedding.weight" not in changed(before, model)
+    assert "embedding.weight" not in models.changed(before, model)
     optimizer.close()
     assert not model.embedding.weight.requires_grad
     assert all(p.requires_grad for n, p in model.named_parameters() if n != "embedding.weight")
@@ -239,53 +233,6 @@ def test_without_a_module_freezing_happens_in_the_constructor_and_in_step() -> N
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trainable == names(optimizer, turn % 3)
         models.train(model, optimizer, models.batches(1))
-
-
-def test_close_restores_everything_and_refuses_steps() -> None:
-    model = models.tiny()
-    with hift_ext.AdamW(model, lr=1e-2) as optimizer:
-        models.train(model, optimizer, models.batches(1))
-        hooks = len(model._forward_pre_hooks)
-        view = next(iter(optimizer.state.values()))["exp_avg"]
-        kept = view.clone()
-    assert all(p.requires_grad for p in model.parameters())
-    assert len(model._forward_pre_hooks) == hooks - 1
-    assert torch.equal(view, kept)  # the memory lives as long as its view
-    optimizer.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        optimizer.step()
-
-
-def test_deleting_the_optimizer_gives_the_model_back() -> None:
-    model = models.tiny()
-    optimizer = hift_ext.AdamW(model)
-    models.train(model, optimizer, models.batches(2))
-    assert not all(p.requires_grad for p in model.parameters())
-    del optimizer
-    gc.collect()
-    assert all(p.requires_grad for p in model.parameters())
-    models.train(model, hift_ext.AdamW(model), models.batches(2))
-
-
-def test_second_optimizer_raises_while_the_first_is_open() -> None:
-    model = models.tiny()
-    first = hift_ext.AdamW(model)
-    models.train(model, first, models.batches(1))
-    with pytest.raises(RuntimeError, match=r"still open.*close\(\)"):
-        hift_ext.AdamW(model)
-    first.close()
-    second = hift_ext.AdamW(model)
-    assert sum(group.numel for group in second.groups) == sum(p.numel() for p in model.parameters())
-    models.train(model, second, models.batches(7))
-
-
-def test_two_optimizers_made_before_the_first_step() -> None:
-    model = models.tiny()
-    first, second = hift_ext.AdamW(model), hift_ext.AdamW(model)
-    with pytest.raises(RuntimeError, match="still open"):
-        models.train(model, first, models.batches(1))
-    second.close()
-    first.close()
 
 
 def test_step_without_any_gradient_advances_and_warns_once() -> None:
@@ -303,7 +250,7 @@ def test_step_without_any_gradient_advances_and_warns_once() -> None:
     assert "could not reach 'embedding', 'blocks.0'" in texts[1]
     assert "groups=" in texts[1]
     assert optimizer.pass_index == 2
-    assert not changed(before, model)
+    assert not models.changed(before, model)
     assert len(optimizer.state) == 0
 
 
@@ -315,7 +262,7 @@ def test_gradient_that_is_none_is_skipped_as_in_torch() -> None:
     for _ in range(3):
         used(torch.ones(2, 3)).sum().backward()
         optimizer.step()
-    assert changed(before, model) == {"used.weight", "used.bias"}
+    assert models.changed(before, model) == {"used.weight", "used.bias"}
     assert set(optimizer.state) == set(used.parameters())
 
 
@@ -354,52 +301,6 @@ def test_names_model_groups_or_all_are_needed() -> None:
     optimizer.close()
     with pytest.raises(ValueError, match="in no group"):
         hift_ext.AdamW(parameters, groups=[parameters[:3]])
-
-
-def test_add_param_group_joins_at_the_next_pass() -> None:
-    model, extra = models.tiny(blocks=1), nn.Linear(50, 50)
-    optimizer = hift_ext.AdamW(model, lr=1e-2)
-    models.train(model, optimizer, models.batches(1))
-    optimizer.add_param_group({"params": extra.parameters(), "lr": 1e-3})
-    assert len(optimizer.groups) == 4
-    before = models.weights(extra)
-    turns = []
-    for tokens in models.batches(6):
-        turns.append(optimizer.active)
-        logits = extra(model(tokens)[:, :-1])
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert turns == [1, 2, 0, 1, 2, 3]
-    assert changed(before, extra) == {"weight", "bias"}
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [extra.weight]})
-    assert len(optimizer.param_groups) == 2
-
-
-def test_deepcopy_and_pickle_go_on_like_the_original() -> None:
-    model, data = models.tiny(), models.batches(9)
-    optimizer = hift_ext.AdamW(model, lr=1e-2)
-    models.train(model, optimizer, data[:4])
-    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
-    models.train(model, optimizer, data[4:])
-    for other, other_optimizer in copies:
-        assert not models.same(other, model)
-        models.train(other, other_optimizer, data[4:])
-        assert models.same(other, model)
-        other_optimizer.close()
-        assert all(p.requires_grad for p in other.parameters())
-
-
-def test_copy_of_a_driven_model_can_be_trained() -> None:
-    model = models.tiny()
-    optimizer = hift_ext.AdamW(model)
-    models.train(model, optimizer, models.batches(2))
-    copied = copy.deepcopy(model)
-    second = hift_ext.AdamW(copied)
-    assert sum(g.numel for g in second.groups) == sum(p.numel() for p in model.parameters())
-    models.train(copied, second, models.batches(7))
-    models.train(model, optimizer, models.batches(2))
 
 
 def test_hints_are_accepted_and_impossible_ones_refused() -> None:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16-bit floats as bit patterns, with conversions in plain integer and float arithmetic: the same
 // bits on every instruction set and on the GPU, and simple enough to vectorise. Rounding is to
-// nearest, ties to even; NaN stays NaN.
+// nearest, ties to even; every NaN becomes the one that torch stores.
 #pragma once
 
 #include <cstdint>
@@ -60,13 +60,11 @@ HIFT_INLINE void store(float& to, float x) { to = x; }
 HIFT_INLINE void store(BFloat16& to, float x) {
   const std::uint32_t bits = bits_of(x);
   const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const std::uint32_t quiet_nan = bits | 0x00400000u;
-  to.bits =
-      static_cast<std::uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded) >> 16);
+  to.bits = static_cast<std::uint16_t>((x == x ? rounded : 0x7fc00000u) >> 16);
 }
 
 HIFT_INLINE void store(Float16& to, float x) {
-  const std::uint32_t sign = bits_of(x) & 0x80000000u;
+  const std::uint32_t sign = (bits_of(x) & 0x80000000u) >> 16;
   const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
   // Normal range: rebias and round the 13 dropped bits. A carry out of the mantissa is the next
   // exponent, as it should be.
@@ -74,10 +72,9 @@ HIFT_INLINE void store(Float16& to, float x) {
   // Below 2^-14: adding 0.5 aligns the mantissa with half's subnormal grid, and the addition itself
   // rounds.
   const std::uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-  const std::uint32_t nan_or_inf = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const std::uint32_t half = magnitude >= 0x47800000u ? nan_or_inf : finite;
-  to.bits = static_cast<std::uint16_t>(half | (sign >> 16));
+  const std::uint32_t number = (magnitude >= 0x47800000u ? 0x7c00u : finite) | sign;
+  to.bits = static_cast<std::uint16_t>(x == x ? number : 0x7e00u);
 }
 
 }  // namespace hift::HIFT_NS

