@@ -36,7 +36,7 @@ class Adam(HiFTOptimizer):
         **options: See `HiFTOptions`.
     """
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adam
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ log = logging.getLogger("hift_ext")
 class HiFTOptimizer(torch.optim.Optimizer):
     """Base of the HiFT optimizers; use a subclass such as `hift_ext.AdamW`.
 
-    A subclass names torch's class, the rule, the state and the hyper-parameters; see
-    `hift_ext/adagrad.py` for the shortest one.
+    A subclass names the rule, the state and the hyper-parameters, and torch's class where there is
+    one; `hift_ext/adagrad.py` is the shortest.
 
     Args:
         params: An `nn.Module`, or what torch.optim takes: parameters, named parameters, or dicts.
@@ -39,7 +39,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         **options: See `HiFTOptions`.
     """
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None  # whose settings these are
     has_step: ClassVar[bool] = True  # torch keeps `step` in the state
     state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
 
@@ -75,8 +75,9 @@ class HiFTOptimizer(torch.optim.Optimizer):
                 "differentiable=True is not offered: the fused update writes weights and state in "
                 "place, out of autograd's sight"
             )
-        # torch's own class knows which hyper-parameters are wrong, and says it in torch's words.
-        torch_defaults = dict(self.torch_class([torch.empty(0)], **defaults).defaults)
+        if self.torch_class is not None:
+            # torch's own class knows which settings are wrong, and says so in torch's words.
+            defaults = dict(self.torch_class([torch.empty(0)], **defaults).defaults)
         self._options = checked(options)
         model = self._options["model"]
         if isinstance(params, nn.Module):
@@ -85,7 +86,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
             model, params = params, list(params.parameters())
         self._model: nn.Module | None = model
         self._constructed = False
-        super().__init__(params, torch_defaults)
+        super().__init__(params, defaults)
         self._begin(frozen_in_copy(model))
 
     # Construction: groups, schedule, freezing ---------------------------------------------------

@@ -133,7 +133,7 @@ def _hypers(optimizer: HiFTOptimizer, number: int, visits: int) -> tuple[float, 
     assert latched is not None
     # A param_group added in the middle of a pass has no latched rate before the next.
     lr = latched[number] if number < len(latched) else float(group["lr"])
-    return (-1.0 if group["maximize"] else 1.0, *optimizer.hyper(group, lr, visits + 1))
+    return (-1.0 if group.get("maximize") else 1.0, *optimizer.hyper(group, lr, visits + 1))
 
 
 def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:

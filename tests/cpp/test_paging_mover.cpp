@@ -249,6 +249,19 @@ TEST(the_end_finishes_write_backs) {
   CHECK(rig.gate.total('r') == 0, "pages nobody wants were fetched");
 }
 
+TEST(the_end_finishes_what_cannot_start_yet) {
+  Rig rig(1);
+  rig.gate.shut();
+  rig.fetch(2, 0);
+  rig.write_back(3, 0);
+  CHECK(rig.gate.comes('r', 2));
+  {
+    const Later later([&] { rig.gate.open(); });
+    rig.mover.reset();
+  }
+  CHECK(rig.store_has(3, 2));
+}
+
 TEST(a_failed_write_back_poisons_its_slot_only) {
   Rig rig(3);
   rig.put(0, 33);
@@ -347,6 +360,7 @@ TEST(busy_time_is_counted_once) {
   sleep_ms(60);
   double busy = rig.mover->take_busy_ms();
   CHECK(busy >= 55 && busy <= passed() + 1, busy, " of ", passed(), " ms for two copies at once");
+  sleep_ms(30);
   rig.gate.open();
   rig.mover->drain();
   const double ended = passed();

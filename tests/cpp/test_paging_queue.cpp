@@ -174,6 +174,17 @@ TEST(a_newer_write_back_replaces_a_lost_one) {
   CHECK(queue.doomed(queue.take(false)) == nullptr);
 }
 
+TEST(a_newer_write_back_on_its_way_replaces_a_failing_one) {
+  CopyQueue queue(2);
+  queue.push(page_of(5), 0, true);
+  queue.push(page_of(5), 1, true);
+  queue.finish(queue.take(true), error_of("full"));
+  CHECK(queue.unsaved(0) == -1);
+  queue.finish(queue.take(true), nullptr);
+  queue.retry(0);
+  CHECK(queue.idle(), "the old bytes follow the new");
+}
+
 TEST(useless_fetches_are_dropped) {
   CopyQueue queue(3);
   queue.push(page_of(0), 0, true);
@@ -181,12 +192,13 @@ TEST(useless_fetches_are_dropped) {
   queue.push(page_of(2), 1, false);
   queue.push(page_of(2), 1, true);
   queue.push(page_of(3), 2, false);
-  const auto started = queue.take(false);
+  const auto started = queue.take(false), leaving = queue.take(true);
   queue.drop_useless_fetches();
+  CHECK(!queue.ready(true), "what runs already may not run again");
   CHECK(queue.copy(started).page.index == 2);
   queue.finish(started, nullptr);
   CHECK(!queue.ready(false) && queue.idle(2), "page 1 and 3 are not wanted any more");
-  queue.finish(queue.take(true), nullptr);
+  queue.finish(leaving, nullptr);
   queue.finish(queue.take(true), nullptr);
   CHECK(queue.idle());
 }
