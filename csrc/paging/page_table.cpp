@@ -109,7 +109,11 @@ const Page& PageTable::page(std::int64_t index) const {
   return pages_[index];
 }
 
-void PageTable::touch(std::int64_t index) { pages_[page(index).index].touched = true; }
+void PageTable::touch(std::int64_t index) {
+  Page& touched = pages_[page(index).index];
+  touched.touched = true;
+  touched.fresh = false;
+}
 
 void PageTable::forget(std::int64_t index) { pages_[page(index).index].touched = false; }
 

@@ -33,6 +33,7 @@ struct Page {
   std::int64_t offset = 0;  // of its record in a record-major store, bytes, a multiple of the
                             // record alignment
   bool touched = false;     // false: still the fill value everywhere, nothing has been stored
+  bool fresh = true;        // never touched, not even before a `forget`
 };
 
 class PageTable {

@@ -179,6 +179,9 @@ std::byte* Pager::in_place(const Page& page, int stream) {
 
 void Pager::fill_in_place(const Page& page) {
   for (int s = 0; s < static_cast<int>(table_.streams().size()); ++s) {
+    // The system gives memory zeroed: the first touch of a fresh page is left to the update, which
+    // spreads it over its threads.
+    if (page.fresh && table_.streams()[s].fill == 0 && store_.zeroed()) continue;
     fill_elements(in_place(page, s), page.extent, table_.streams()[s]);
   }
 }

@@ -47,14 +47,13 @@ void Pager::unbind(int slot) {
 }
 
 void Pager::bind(std::int64_t page, int slot) {
-  // A page that is in the slot only is written back first.
-  if (slots_[slot].failed) repair(slot);
   unbind(slot);
   slots_[slot].page = page;
   slot_of_[page] = slot;
 }
 
-/// Sees to it that the slot's page is in the slot or on its way.
+/// Sees to it that the slot's page is in the slot or on its way. What a failed slot did not write
+/// back goes first; if it fails again, `settle` gives it the slot again.
 void Pager::load(int slot) {
   Slot& s = slots_[slot];
   if (s.failed) repair(slot);
@@ -103,23 +102,16 @@ void Pager::fill_ring() {
   for (const std::int64_t page : next) {
     if (const int slot = find(page); slot >= 0) slots_[slot].reserved = true;
   }
-  std::size_t placed = 0;
-  try {
-    for (; placed < next.size(); ++placed) {
-      int slot = find(next[placed]);
-      if (slot < 0) {
-        slot = victim();
-        bind(next[placed], slot);
-        slots_[slot].reserved = true;
-      }
-      load(slot);
-      pending_.erase(std::find(pending_.begin(), pending_.end(), next[placed]));
+  for (const std::int64_t page : next) {
+    int slot = find(page);
+    if (slot < 0) {
+      slot = victim();
+      bind(page, slot);
+      slots_[slot].reserved = true;
     }
-  } catch (...) {
-    for (; placed < next.size(); ++placed) {
-      if (const int slot = find(next[placed]); slot >= 0) slots_[slot].reserved = false;
-    }
-    throw;
+    load(slot);
+    // Not before: after an error the page is still to come.
+    pending_.erase(std::find(pending_.begin(), pending_.end(), page));
   }
 }
 

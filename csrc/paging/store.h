@@ -32,6 +32,9 @@ class Store {
   virtual void read(const PageTable& table, const Page& page, std::byte* record) = 0;
   virtual void write(const PageTable& table, const Page& page, const std::byte* record) = 0;
 
+  /// Whether pages that were never written read as zero.
+  virtual bool zeroed() const { return false; }
+
   virtual std::int64_t bytes() const = 0;       // reserved: slab or file size
   virtual std::string description() const = 0;  // for messages: "ram", "disk:/path", with
                                                 // "(buffered: why)" if so
@@ -64,6 +67,7 @@ class RamStore final : public Store {
   void read(const PageTable& table, const Page& page, std::byte* record) override;
   void write(const PageTable& table, const Page& page, const std::byte* record) override;
   std::int64_t bytes() const override;
+  bool zeroed() const override { return true; }
   std::string description() const override;
 
   /// The slab that holds `group`, for views that outlive the store, and the address of the group's

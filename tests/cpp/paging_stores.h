@@ -56,8 +56,9 @@ class GateStore final : public WrappedStore {
 
   using WrappedStore::WrappedStore;
 
-  void shut() { set(true); }
-  void open() { set(false); }
+  /// Shuts the gate for reads, writes or both.
+  void shut(const char* what = "rw") { set(what); }
+  void open() { set(""); }
 
   void read(const PageTable& table, const Page& page, std::byte* record) override {
     pass('r', page.index);
@@ -105,7 +106,7 @@ class GateStore final : public WrappedStore {
   }
 
  private:
-  void set(bool shut) {
+  void set(const char* shut) {
     const std::lock_guard<std::mutex> lock(mutex_);
     shut_ = shut;
     changed_.notify_all();
@@ -114,7 +115,7 @@ class GateStore final : public WrappedStore {
     std::unique_lock<std::mutex> lock(mutex_);
     events_.emplace_back(what, page);
     changed_.notify_all();
-    changed_.wait(lock, [&] { return !shut_; });
+    changed_.wait(lock, [&] { return std::strchr(shut_, what) == nullptr; });
   }
   void note(char what, std::int64_t page) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -127,7 +128,7 @@ class GateStore final : public WrappedStore {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool shut_ = false;
+  const char* shut_ = "";
   std::vector<Event> events_;
   std::vector<std::vector<std::byte>> written_;
 };

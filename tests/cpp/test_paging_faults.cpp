@@ -229,6 +229,53 @@ TEST(a_page_that_was_lost_is_not_read_from_the_store) {
   CHECK(rig.store_has(0, 77) && rig.store_has(2, 3));
 }
 
+TEST(a_retried_page_on_its_way_out_is_waited_for) {
+  RamStore ram;
+  Rig rig(ram, 1);
+  rig.faults.fail_write(1, EIO);
+  rig.update(0, 50);
+  CHECK_THROWS(Failure, "cannot write page 0", rig.pager->flush());
+  rig.gate.shut("w");
+  rig.pager->prefetch(1);  // page 0 goes out again, page 3 comes in behind it
+  {
+    const Later later([&] { rig.gate.open(); });
+    CHECK(rig.reads(0, 50), "the torn bytes of the failed write");
+  }
+}
+
+TEST(a_lost_page_has_one_slot) {
+  RamStore ram;
+  Rig rig(ram, 2);
+  rig.pager->prefetch(0);
+  rig.gate.shut("w");
+  rig.faults.fail_write(1, EIO);
+  rig.update(0, 50);
+  rig.pager->prefetch(1);
+  rig.pager->prefetch(0);  // page 0 is asked for in another slot than it is leaving
+  rig.gate.open();
+  CHECK_THROWS(Failure, "cannot write page 0", rig.pager->acquire(0, nullptr));
+  CHECK(rig.has(rig.pager->acquire(0, nullptr).stream[0], 50));
+  CHECK(rig.has(rig.pager->acquire(1, nullptr).stream[0], 2));
+  rig.pager->release(0, nullptr, false);
+  rig.pager->release(1, nullptr, false);
+  rig.pager->flush();
+  CHECK(rig.store_has(0, 50));
+}
+
+TEST(a_page_whose_slot_a_lost_one_took_back_is_asked_for_again) {
+  RamStore ram;
+  Rig rig(ram, 2);
+  rig.pager->prefetch(0);
+  rig.faults.fail_write(1, EIO);
+  rig.update(0, 50);  // page 2 is asked for behind it
+  CHECK_THROWS(Failure, "cannot write page 0", rig.pager->flush());
+  rig.pager->flush();
+  rig.gate.take_events();
+  rig.pager->acquire(1, nullptr);
+  rig.pager->release(1, nullptr, false);
+  CHECK(rig.gate.comes('R', 2));
+}
+
 TEST(a_write_that_fails_leaves_the_page_whole) {
   for (const int slots : {1, 2, 6}) {
     RamStore ram;

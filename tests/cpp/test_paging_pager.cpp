@@ -260,7 +260,10 @@ TEST(a_prefetch_that_is_not_used_is_dropped) {
   Rig rig(2);
   rig.update_all();
   rig.pager->prefetch(0);
+  rig.pager->flush();
+  rig.gate.take_events();
   rig.pager->prefetch(1);
+  CHECK(rig.gate.comes('R', 4) && rig.gate.comes('R', 5), "its slots are still kept");
   for (std::int64_t p = 4; p < 7; ++p) {
     CHECK(rig.has(rig.pager->acquire(p, nullptr), p, static_cast<int>(p) + 1));
     rig.pager->release(p, nullptr, false);
@@ -281,6 +284,15 @@ TEST(pages_may_be_left_out) {
   }
 }
 
+TEST(pages_left_out_give_their_slots_up) {
+  Rig rig(2);
+  rig.update_all();
+  rig.pager->prefetch(0);
+  rig.pager->acquire(1, nullptr);
+  rig.pager->release(1, nullptr, false);
+  CHECK(rig.gate.comes('R', 2) && rig.gate.comes('R', 3));
+}
+
 TEST(a_group_is_prefetched_while_the_last_page_is_held) {
   for (const int slots : {1, 2, 4, 7}) {
     Rig rig(slots, {3});
@@ -295,6 +307,40 @@ TEST(a_group_is_prefetched_while_the_last_page_is_held) {
       }
     }
   }
+}
+
+TEST(a_prefetch_beside_held_pages_counts_the_slots_that_are_free) {
+  Rig rig(3, {5, 2});
+  rig.update_all();
+  rig.pager->acquire(0, nullptr);
+  rig.pager->prefetch(1);  // takes the slots of 1 and 2
+  rig.pager->flush();
+  rig.gate.take_events();
+  rig.pager->prefetch(0);
+  CHECK(rig.gate.comes('R', 1) && rig.gate.comes('R', 2));
+  rig.pager->release(0, nullptr, false);
+  CHECK(rig.gate.stays_away('r', 3), "page 0 is to come again and keeps its slot");
+}
+
+TEST(a_page_that_gave_way_to_a_write_is_asked_for_again) {
+  Rig rig(2);
+  rig.update_all();
+  rig.pager->prefetch(0);
+  rig.pager->flush();
+  rig.writes(5, 9);
+  rig.gate.take_events();
+  rig.pager->acquire(0, nullptr);
+  rig.pager->release(0, nullptr, false);
+  CHECK(rig.gate.comes('R', 1) && rig.gate.comes('R', 2));
+  CHECK(rig.gate.stays_away('r', 3));
+  Rig one(1);
+  one.update_all();
+  one.pager->prefetch(0);
+  one.writes(5, 9);
+  one.gate.take_events();
+  one.pager->acquire(0, nullptr);
+  one.pager->release(0, nullptr, false);
+  CHECK(one.gate.comes('R', 1), "page 0 keeps the slot after its turn");
 }
 
 TEST(several_pages_are_held_up_to_the_slots) {
@@ -389,7 +435,7 @@ TEST(reads_find_pages_wherever_they_are) {
   // On its way out of a slot that has been given away.
   const PageView view = rig.pager->acquire(0, nullptr);
   rig.set(view, 0, 90);
-  rig.gate.shut();
+  rig.gate.shut("w");
   rig.pager->release(0, nullptr, true);
   {
     const Later later([&] { rig.gate.open(); });
