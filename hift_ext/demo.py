@@ -48,9 +48,9 @@ class Recipe:
 RECIPES = {
     "adamw": Recipe(hift_ext.AdamW, torch.optim.AdamW, lr=4e-4, full_lr=5e-5),
     "adam": Recipe(hift_ext.Adam, torch.optim.Adam, lr=4e-4, full_lr=5e-5),
-    "adagrad": Recipe(hift_ext.Adagrad, torch.optim.Adagrad, lr=2e-3, full_lr=1e-3),
+    "adagrad": Recipe(hift_ext.Adagrad, torch.optim.Adagrad, lr=1e-3, full_lr=3e-4),
     "sgd": Recipe(
-        hift_ext.SGD, torch.optim.SGD, lr=5e-2, full_lr=2e-2, arguments={"momentum": 0.9}
+        hift_ext.SGD, torch.optim.SGD, lr=3e-1, full_lr=3e-2, arguments={"momentum": 0.9}
     ),
 }
 

@@ -89,15 +89,17 @@ void FileStore::reserve(std::int64_t bytes) {
     throw_errno(EIO, file_.name, " was truncated under us: it has ", size, " bytes instead of ",
                 had);
   }
+  // Some file systems do not say; then only the reservation itself can tell.
   struct statvfs space;
+  const bool told = ::fstatvfs(fd, &space) == 0 && space.f_blocks > 0;
   const std::int64_t free =
-      ::fstatvfs(fd, &space) == 0
-          ? static_cast<std::int64_t>(space.f_bavail) * static_cast<std::int64_t>(space.f_frsize)
-          : -1;
+      told ? static_cast<std::int64_t>(space.f_bavail) * static_cast<std::int64_t>(space.f_frsize)
+           : more;
   const auto fail = [&](int error) {
     // What was reserved before the error goes back, and the groups that were there stay.
     (void)!::ftruncate(fd, had);
-    throw_errno(error, "cannot reserve ", more, " bytes for pages in ", file_.name, " (", free,
+    throw_errno(error, "cannot reserve ", more, " bytes for pages in ", file_.name, " (",
+                told ? text(free) : "an unknown number of",
                 " bytes are free there; the file would have ", bytes,
                 " bytes): make room, raise 'ulimit -f' or the quota, or pass another "
                 "store=\"disk:PATH\"");
@@ -115,7 +117,7 @@ void FileStore::reserve(std::int64_t bytes) {
   if (result == 0) return;
   if (errno != EOPNOTSUPP && errno != ENOSYS) fail(errno);
   // Without fallocate nothing is promised; what is plainly too much is refused now.
-  if (free >= 0 && free < more) fail(ENOSPC);
+  if (free < more) fail(ENOSPC);
   if (::ftruncate(fd, bytes) != 0) fail(errno);
 }
 

@@ -17,6 +17,9 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 // Far above any memory, far below where sums of sizes could overflow.
 constexpr std::int64_t kMaxBytes = std::numeric_limits<std::int64_t>::max() / 16;
 
+// Every distance at which streams were found to contend is a multiple of this.
+constexpr std::int64_t kContention = 65536;
+
 }  // namespace
 
 void fill_elements(std::byte* to, std::int64_t count, const Stream& stream) {
@@ -138,20 +141,24 @@ std::int64_t PageTable::max_record_bytes() const { return max_record_bytes_; }
 std::int64_t PageTable::total_record_bytes() const { return end_offset_; }
 
 std::int64_t PageTable::group_bytes(int group) const {
-  check_group(group);
-  const std::int64_t extent = round_up(elements_[group], kPageElements);
   std::int64_t bytes = 0;
-  for (const Stream& s : streams_) bytes += round_up(extent * s.element_bytes, alignment_);
+  for (int s = 0; s < static_cast<int>(streams_.size()); ++s) bytes += stream_bytes(group, s);
   return bytes;
 }
 
-std::int64_t PageTable::group_stream_offset(int group, int stream) const {
+std::int64_t PageTable::stream_bytes(int group, int stream) const {
   check_group(group);
-  check_stream(stream);
   const std::int64_t extent = round_up(elements_[group], kPageElements);
+  const std::int64_t bytes = round_up(extent * streams_[stream].element_bytes, alignment_);
+  // A step walks through all streams at once. At a distance of a large power of two they contend
+  // for the same places in the caches; one record's alignment more, and they do not.
+  return bytes > 0 && bytes % kContention == 0 ? bytes + alignment_ : bytes;
+}
+
+std::int64_t PageTable::group_stream_offset(int group, int stream) const {
+  check_stream(stream);
   std::int64_t offset = 0;
-  for (int s = 0; s < stream; ++s)
-    offset += round_up(extent * streams_[s].element_bytes, alignment_);
+  for (int s = 0; s < stream; ++s) offset += stream_bytes(group, s);
   return offset;
 }
 

@@ -63,11 +63,14 @@ class PageTable {
   std::int64_t max_record_bytes() const;              // what a slot must hold for the groups so far
   std::int64_t total_record_bytes() const;            // all records
 
-  /// A group stream-major: each stream of the whole group starts at a multiple of the alignment.
+  /// A group stream-major: each stream of the whole group starts at a multiple of the alignment,
+  /// and not at a distance from another that is a multiple of a large power of two.
   std::int64_t group_bytes(int group) const;
   std::int64_t group_stream_offset(int group, int stream) const;
 
  private:
+  std::int64_t stream_bytes(int group, int stream) const;
+
   void check_group(int group) const;
   void check_stream(int stream) const;
 
