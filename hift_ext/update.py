@@ -53,14 +53,16 @@ def update_group(
         if device is None:
             optimizer._engine()
             device = optimizer._device_index
+        address = p.data_ptr()
         if (
             grad.layout is not strided
-            or p.numel() != entry.numel
             or grad.numel() != entry.numel
-            or p.get_device() != device
             or grad.get_device() != device
+            # At an address that was checked before, size and device are what they were.
+            or (address != entry.address and (p.numel(), p.get_device()) != (entry.numel, device))
         ):
             _refuse(optimizer, entry, grad)
+        entry.address = address
         if p.dtype is not param_dtype or grad.dtype is not grad_dtype or entry.number != number:
             param_dtype, grad_dtype = p.dtype, grad.dtype
             rule = optimizer.rule(optimizer.param_groups[entry.number])
@@ -70,14 +72,14 @@ def update_group(
             hyper = hyper_of.setdefault((number, visits), len(hypers))
             if hyper == len(hypers):
                 hypers.append(_hypers(optimizer, number, visits))
-        target: torch.Tensor = p
         if not (p.is_contiguous() if entry.contiguous else entry.fits(p)):
-            target = entry.laid_out(p, p.dtype)
-            copies.append((p, target))
+            copy = entry.laid_out(p, p.dtype)
+            copies.append((p, copy))
+            address = copy.data_ptr()
         if not (grad.is_contiguous() if entry.contiguous else entry.fits(grad)):
             grad = entry.laid_out(grad, grad.dtype)
             held.append(grad)
-        rows.append((entry.item, target.data_ptr(), grad.data_ptr(), code, hyper))
+        rows.append((entry.item, address, grad.data_ptr(), code, hyper))
         updated.append(entry)
     if not rows:
         return None
@@ -88,8 +90,8 @@ def update_group(
     schedule, engine = optimizer._schedule, optimizer._engine()
     report = engine.step(schedule.active, rows, hypers, scalars, schedule.following)
     with torch.no_grad():
-        for p, target in copies:
-            p.copy_(target)
+        for p, copy in copies:
+            p.copy_(copy)
     # The kernel wrote behind autograd's back: a backward through an older forward must raise.
     torch.autograd.graph.increment_version(params)
     for entry in updated:
@@ -161,6 +163,8 @@ def _scalars(
     scale: torch.Tensor | None = getattr(optimizer, "grad_scale", None)
     clip: torch.Tensor | None = None
     limit = optimizer._options["max_grad_norm"]
+    if scale is found_inf is limit is None:
+        return ops.Scalars(), []
     if limit is not None:
         norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).float()
         if scale is not None:
