@@ -317,37 +317,33 @@ def timeline(panel: Any, lines: Sequence[tuple[str, list[Step]]]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def measure(
-    model: str, tokens: int, rounds: int, steps: int | None
-) -> tuple[list[Variant], list[tuple[float, float]]]:
-    """Runs all variants in turns. The first turn is a warm-up: untouched pages do not move."""
+def make_variants(model: str) -> list[Variant]:
+    """One model, four ways to keep its optimizer's state."""
     torch.manual_seed(0)
-    size = SIZES[model]
-    base = Decoder(size)
-    ids = torch.randint(size.vocabulary, (1, tokens))
+    base = Decoder(SIZES[model])
     block = sum(8 * p.numel() for p in base.blocks[0].parameters())
-    variants = [
+    return [
         Variant("RAM", base, "ram", "auto"),
         Variant("disk, ring: largest group", base, "disk", "auto"),
         Variant("disk, ring: half a block", base, "disk", max(block // 2, 2 * PAGE_BYTES)),
         Variant("disk, ring: four pages", base, "disk", 4 * PAGE_BYTES),
     ]
-    groups = len(variants[0].optimizer.groups)
-    count = min(steps or groups, groups)
-    disks = []
-    for turn in range(rounds + 1):
-        disks.append(disk_gbps(1024 if model == "350m" else 16))
+
+
+def measure(variants: Sequence[Variant], ids: torch.Tensor, turns: int, steps: int) -> None:
+    """Trains on `ids` by all variants, `steps` timed steps a turn."""
+    for variant in variants:
+        variant.steps = []
+    for turn in range(turns):
         for variant in variants:
-            done = variant.turn(ids, groups if turn == 0 else count)
-            if turn > 0:
-                variant.steps += done
-            total = sum(step.ms for step in done) / len(done)
+            done = variant.turn(ids, steps)
+            variant.steps += done
             print(
-                f"{tokens} tokens, turn {turn} of {rounds}, {variant.name}: {total:.0f} ms a step",
+                f"{ids.shape[1]} tokens, turn {turn + 1} of {turns}, {variant.name}: "
+                f"{statistics.fmean(step.ms for step in done):.0f} ms a step",
                 file=sys.stderr,
                 flush=True,
             )
-    return variants, disks
 
 
 def main() -> None:
@@ -360,16 +356,22 @@ def main() -> None:
     if options.rounds < 1 or (options.steps is not None and options.steps < 1):
         parser.error("--rounds and --steps must be at least 1")
     result: dict[str, Any] = {"machine": machine(), "rows": []}
-    disks: list[tuple[float, float]] = []
-    timelines = {}
+    variants = make_variants(options.model)
+    groups = len(variants[0].optimizer.groups)
+    steps = min(options.steps or groups, groups)
+    ids = torch.randint(SIZES[options.model].vocabulary, (1, max(TOKENS.values())))
+    print("the first pass, untimed: pages that were never touched do not move", file=sys.stderr)
+    measure(variants, ids[:, : TOKENS["short"]], 1, groups)
+    disks, timelines = [], {}
     for tokens in TOKENS.values():
-        variants, rates = measure(options.model, tokens, options.rounds, options.steps)
-        disks += rates
+        disks.append(disk_gbps(1024 if options.model == "350m" else 16))
+        measure(variants, ids[:, :tokens], options.rounds, steps)
+        disks.append(disk_gbps(1024 if options.model == "350m" else 16))
         for variant in variants:
             result["rows"].append(row_of(variant, variants[0], options.model, tokens))
-            last = len(variant.steps) // options.rounds
-            timelines[tokens, variant.name] = variant.steps[-last:]
-            variant.optimizer.close()
+            timelines[tokens, variant.name] = variant.steps[-steps:]
+    for variant in variants:
+        variant.optimizer.close()
     read, written = (statistics.median(rates) for rates in zip(*disks, strict=True))
     result["disk"] = {"read_gbps": read, "write_gbps": written}
     for row in result["rows"]:

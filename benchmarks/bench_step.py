@@ -215,7 +215,7 @@ def plot(path: Any, result: dict[str, Any]) -> None:
                 text = f"{value:.0f} µs" if small else f"{value:.1f}"
                 if not small and row["impl"] == "hift":
                     text += f"  ({row['ratio_to_ceiling']:.2f} of ceiling)"
-                inside = value > 0.6 * top
+                inside = value > 0.5 * top
                 panel.text(
                     value - 0.02 * top if inside else value + 0.02 * top,
                     index,
