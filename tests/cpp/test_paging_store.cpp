@@ -136,7 +136,8 @@ TEST(memory_is_not_committed_before_it_is_touched) {
   store.grow(table);
   ::getrusage(RUSAGE_SELF, &after);
   CHECK(after.ru_maxrss - before.ru_maxrss < 64 << 10, after.ru_maxrss - before.ru_maxrss, " KiB");
-  CHECK(store.bytes() == std::int64_t{8} << 30);
+  // Exact but for what keeps streams from contending (PageTable).
+  CHECK(store.bytes() - (std::int64_t{8} << 30) <= 2 * 4096, store.bytes());
 }
 
 int main(int argc, char** argv) { return hift_test::run_tests(argc, argv); }
