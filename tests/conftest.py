@@ -92,7 +92,7 @@ def isa(request):
     _hift_ext.use_instruction_set(before)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
     """torch's loops over few elements would mostly wait for each other's threads."""
     before = torch.get_num_threads()

@@ -17,8 +17,6 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 import hift_ext
 from hift_ext import HiFTOptimizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OURS = {case.theirs: case.ours for case in find_cases()}
 INFOS = [info for info in optim_db if info.optim_cls in OURS]
 FLAGS = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}]

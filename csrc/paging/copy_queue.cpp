@@ -10,6 +10,7 @@ namespace hift {
 
 void CopyQueue::push(const Page& page, int slot, bool out) {
   if (slots_[slot].error) std::rethrow_exception(slots_[slot].error);
+  spent_.clear();
   if (out) {
     // Newer bytes of the page are on their way: a lost write-back of older ones must not follow.
     for (Slot& other : slots_) {
@@ -67,9 +68,19 @@ void CopyQueue::finish(Ticket ticket, std::exception_ptr error) {
   if (error) {
     fail(ticket, std::move(error));
   } else if (copies_.at(ticket).out) {
-    lost_.erase(copies_.at(ticket).page.index);
+    spend(copies_.at(ticket).page.index);
   }
   remove(ticket);
+}
+
+/// Forgets a page's error, but leaves its end to the next `push`: copies end on threads of their
+/// own, while the caller may still be looking at the exception. The count of its owners would
+/// protect it, but race detectors cannot see that.
+void CopyQueue::spend(std::int64_t page) {
+  const auto lost = lost_.find(page);
+  if (lost == lost_.end()) return;
+  spent_.push_back(std::move(lost->second));
+  lost_.erase(lost);
 }
 
 void CopyQueue::fail(Ticket ticket, std::exception_ptr error) {
@@ -82,6 +93,7 @@ void CopyQueue::fail(Ticket ticket, std::exception_ptr error) {
     // A write-back behind a failed one would have written the same bytes. Behind a fetch nothing
     // is lost: the store has what the slot would have been given.
     if (!c.out) break;
+    spend(c.page.index);
     lost_[c.page.index] = error;
     const std::deque<Ticket>& others = pages_.at(c.page.index);
     const bool newer = std::any_of(others.begin(), others.end(), [&](Ticket other) {

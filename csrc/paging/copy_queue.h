@@ -68,6 +68,7 @@ class CopyQueue {
   void promote(Ticket ticket);
   void remove(Ticket ticket);
   void fail(Ticket ticket, std::exception_ptr error);
+  void spend(std::int64_t page);
 
   Ticket next_ = 0;
   std::uint64_t failures_ = 0;
@@ -75,6 +76,7 @@ class CopyQueue {
   std::vector<Slot> slots_;
   std::unordered_map<std::int64_t, std::deque<Ticket>> pages_;
   std::unordered_map<std::int64_t, std::exception_ptr> lost_;  // pages the store has old bytes of
+  std::vector<std::exception_ptr> spent_;  // of pages that were lost and are not any more
   std::set<Ticket> ready_[2];
 };
 
