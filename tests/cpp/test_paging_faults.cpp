@@ -335,6 +335,10 @@ TEST(a_file_truncated_under_the_pager) {
     CHECK(rig.reads(0, 50) && rig.reads(2, 3), "what is left of the file");
     CHECK_THROWS(Failure, "truncated under us", rig.reads(5, 6));
     CHECK_THROWS(Failure, path, rig.pager->acquire(4, nullptr));
+    try {
+      rig.pager->flush();
+    } catch (const Failure&) {  // page 3, if its prefetch had not failed by then
+    }
     // A page whose place is gone lives in its slot.
     rig.table.forget(5);
     rig.write(5, 60);
