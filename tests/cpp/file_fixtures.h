@@ -123,6 +123,7 @@ class Holder {
     int pipe[2];
     if (::pipe(pipe) != 0) throw_errno(errno, "pipe");
     child_ = ::fork();
+    if (child_ < 0) throw_errno(errno, "fork");
     if (child_ == 0) {
       FileStore store(path);
       const PageTable table = table_of(5000);

@@ -149,6 +149,7 @@ TEST(a_forked_child_leaves_the_file_alone) {
   CHECK_THROWS(Failure, "in use", FileStore(path));
   // A child that lives on keeps neither the name locked nor the scratch's space.
   const pid_t sleeper = ::fork();
+  if (sleeper < 0) throw_errno(errno, "fork");
   if (sleeper == 0) {
     char c;
     ::close(go[1]);
