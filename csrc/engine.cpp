@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "core/check.h"
 #include "cpu/step.h"
@@ -161,6 +162,7 @@ StepReport Engine::step(int group, const std::vector<Update>& updates, const Sca
                         int threads, int next) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto start = Clock::now();
+  throw_deferred();
   check(group, updates);
   check_argument(next < table_.groups(), "next group ", next, " is not one of ", table_.groups());
   StepReport report;
@@ -216,7 +218,12 @@ StepReport Engine::step(int group, const std::vector<Update>& updates, const Sca
     }
     throw;
   }
-  if (next >= 0) pager_->prefetch(next);
+  try {
+    if (next >= 0) pager_->prefetch(next);
+  } catch (...) {
+    // This step is done: weights and state agree. The next call tells, before it changes anything.
+    deferred_ = std::current_exception();
+  }
   report.moved = pager_->take_counters();
   report.step_ms = ms_since(start);
   return report;
@@ -273,8 +280,13 @@ void Engine::prefetch(int group) {
   pager_->prefetch(group);
 }
 
+void Engine::throw_deferred() {
+  if (deferred_ != nullptr) std::rethrow_exception(std::exchange(deferred_, nullptr));
+}
+
 void Engine::flush() {
   const std::lock_guard<std::mutex> lock(mutex_);
+  throw_deferred();
   if (pager_ != nullptr) pager_->flush();
 }
 

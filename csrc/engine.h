@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -88,6 +89,7 @@ class Engine {
   };
   const Item& item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const;
   void make_pager();
+  void throw_deferred();
   std::vector<Span> spans_of(const Page& page, const PageView& view,
                              const std::vector<Update>& updates,
                              const std::vector<Item>& items) const;
@@ -101,6 +103,7 @@ class Engine {
   RamStore* ram_ = nullptr;  // store_, if it is one
   std::unique_ptr<HostMover> mover_;
   std::unique_ptr<Pager> pager_;
+  std::exception_ptr deferred_;  // of the prefetch after a step that was done
 };
 
 }  // namespace hift

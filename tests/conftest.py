@@ -65,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", f"needs(what, ...): skips, for a numbered reason, without {', '.join(SKIPS)}"
     )
+    # Fixtures of modules run before `one_thread`; torch's bits depend on its number of threads.
+    torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

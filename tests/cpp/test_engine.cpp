@@ -166,12 +166,13 @@ class BrokenStore final : public hift::Store {
   }
   void write(const hift::PageTable& table, const hift::Page& page,
              const std::byte* record) override {
+    if (page.group == unwritable_group) throw std::runtime_error("unwritable");
     file_.write(table, page, record);
   }
   std::int64_t bytes() const override { return file_.bytes(); }
   std::string description() const override { return "broken"; }
 
-  std::atomic<int> broken_group{-1};
+  std::atomic<int> broken_group{-1}, unwritable_group{-1};
   std::atomic<std::int64_t> broken_page{0};
 
  private:
@@ -212,6 +213,40 @@ TEST(a_failed_read_changes_nothing_where_the_ring_holds_the_group) {
     }
   }
   expected.step(healthy, 2, 5, 3);
+  CHECK(model.params == expected.params);
+  CHECK(state_of(engine, 0) == state_of(healthy, 0));
+}
+
+TEST(a_failed_write_is_told_by_the_next_step_and_loses_nothing) {
+  auto owned = std::make_unique<BrokenStore>();
+  BrokenStore& store = *owned;
+  Engine engine(kStreams, disk(4096, 2 * 4096), std::move(owned)), healthy(kStreams, disk(4096, 0));
+  engine.add_groups(kCounts);
+  healthy.add_groups(kCounts);
+  Model model, expected;
+  run(engine, model, 1);
+  run(healthy, expected, 1);
+  engine.flush();
+  store.unwritable_group = 1;
+  model.step(engine, 1, 5, 2);  // done, whatever becomes of its pages
+  expected.step(healthy, 1, 5, 2);
+  CHECK(model.params == expected.params);
+  int told = 0;
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    const auto before = model.params;
+    try {
+      engine.flush();
+      model.step(engine, 1, 6, 2);
+      break;
+    } catch (const std::exception& error) {
+      told += std::strstr(error.what(), "unwritable") != nullptr;
+      CHECK(model.params == before, "attempt ", attempt);
+      CHECK(state_of(engine, 0)[4] == state_of(healthy, 0)[4], "the page is readable");
+      store.unwritable_group = attempt > 0 ? -1 : 1;  // cured after it was told twice
+    }
+  }
+  CHECK(told == 2, told);
+  expected.step(healthy, 1, 6, 2);
   CHECK(model.params == expected.params);
   CHECK(state_of(engine, 0) == state_of(healthy, 0));
 }
