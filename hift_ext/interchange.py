@@ -41,10 +41,11 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     for p, entry in state.entries.items():
         entry.streams = optimizer.streams(group_of[p])
     optimizer.param_groups[:] = groups
-    engine = state.engine
     streams = max(len(entry.streams) for entry in state.entries.values())
-    if engine is not None and streams > optimizer._stream_count:
-        state.engine = None  # laid out for fewer streams, and all state is replaced anyway
+    if state.engine is not None and streams > optimizer._stream_count:
+        # Laid out for fewer streams, and all state is replaced anyway. Nothing else may hold the
+        # engine: a named file is free for the next one only when it is gone.
+        state.engine = None
         for entry in state.entries.values():
             entry.visits = 0
     if values or visits:

@@ -134,6 +134,20 @@ def test_loading_replaces_all_state() -> None:
         assert torch.equal(value, after[name])
 
 
+@pytest.mark.parametrize("store", ["ram", "disk", "named"])
+def test_more_state_than_was_laid_out_is_loaded(store, tmp_path) -> None:
+    model = models.tiny(blocks=1)
+    with hift_ext.AdamW(models.twin(model), lr=1e-2, amsgrad=True) as other:
+        models.train(other._model, other, models.batches(3))
+        saved = other.state_dict()
+        path = f"disk:{tmp_path / 'pages'}" if store == "named" else store
+        with hift_ext.AdamW(model, lr=1e-2, store=path) as optimizer:
+            models.train(model, optimizer, models.batches(4))
+            optimizer.load_state_dict(saved)
+            assert equal(optimizer.state_dict()["state"], saved["state"])
+            models.train(model, optimizer, models.batches(3))
+
+
 def test_what_does_not_fit_changes_nothing() -> None:
     model = models.tiny(blocks=1)
     optimizer = hift_ext.AdamW(model, lr=1e-2)
