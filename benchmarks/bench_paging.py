@@ -9,6 +9,7 @@ import copy
 import itertools
 import mmap
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -334,8 +335,11 @@ def measure(variants: Sequence[Variant], ids: torch.Tensor, turns: int, steps: i
     """Trains on `ids` by all variants, `steps` timed steps a turn."""
     for variant in variants:
         variant.steps = []
+    order, shuffle = list(variants), random.Random(0)
     for turn in range(turns):
-        for variant in variants:
+        # The machine's speed moves with its neighbours: short turns, in a new order each time.
+        shuffle.shuffle(order)
+        for variant in order:
             done = variant.turn(ids, steps)
             variant.steps += done
             print(
@@ -350,15 +354,15 @@ def main() -> None:
     """Measures, prints as it goes, and writes what was asked for."""
     parser = arguments("Training with optimizer state in RAM and on disk, in turns.")
     parser.add_argument("--model", choices=SIZES, default="350m")
-    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each variant")
-    parser.add_argument("--steps", type=int, help="timed steps a turn (all groups)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed turns of each variant")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a turn")
     options = parser.parse_args()
-    if options.rounds < 1 or (options.steps is not None and options.steps < 1):
+    if options.rounds < 1 or options.steps < 1:
         parser.error("--rounds and --steps must be at least 1")
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     variants = make_variants(options.model)
     groups = len(variants[0].optimizer.groups)
-    steps = min(options.steps or groups, groups)
+    steps = min(options.steps, groups)
     ids = torch.randint(SIZES[options.model].vocabulary, (1, max(TOKENS.values())))
     print("the first pass, untimed: pages that were never touched do not move", file=sys.stderr)
     measure(variants, ids[:, : TOKENS["short"]], 1, groups)

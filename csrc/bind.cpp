@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the extension, and the only file that knows Python: addresses, counts and
-// stream handles come in as integers. The interpreter lock is released wherever work is done.
+// The Python face of the extension: addresses, counts and stream handles come in as integers. Only
+// this file and bind_tensors know Python. The interpreter lock is released wherever work is done.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cmath>
 
+#include "bind_tensors.h"
 #include "core/check.h"
 #include "cpu/step.h"
 #include "engine.h"
@@ -66,8 +67,11 @@ std::vector<Update> updates_of(const py::list& rows,
     const auto h = static_cast<std::size_t>(integer(row, 4));
     hift::check_argument(h < hypers.size() && !hypers[h].empty(), "row ", h,
                          " of hypers is absent or empty");
+    hift::check_argument(hypers[h].size() <= 1 + u.hyper.size(), "row ", h, " of hypers has ",
+                         hypers[h].size(), " numbers; at most ", 1 + u.hyper.size(), " are used");
     u.grad_factor = hypers[h][0];
-    u.hyper.assign(hypers[h].begin() + 1, hypers[h].end());
+    u.hypers = static_cast<int>(hypers[h].size()) - 1;
+    std::copy(hypers[h].begin() + 1, hypers[h].end(), u.hyper.begin());
   }
   return updates;
 }
@@ -227,6 +231,8 @@ PYBIND11_MODULE(_hift_ext, m) {
     return py::buffer_info(b.data, 1, py::format_descriptor<std::uint8_t>::format(), b.size);
   });
 
+  m.def("plain_rows", &hift::plain_rows, py::arg("exchange"), py::arg("types"), py::arg("wanted"),
+        py::arg("rules"), py::arg("device"));
   m.def("build_info", &build_info);
   m.def("cuda_info", &cuda_info);
   m.def("use_instruction_set", &hift::cpu::use_instruction_set, py::arg("name"));

@@ -120,8 +120,8 @@ void Engine::check(int group, const std::vector<Update>& updates) const {
     check_argument(u.item < static_cast<std::int64_t>(items_[group].size()), "item ", u.item,
                    " is not one of group ", group, "'s ", items_[group].size());
     const RuleEntry& rule = cpu::rule(u.rule);
-    check_argument(static_cast<int>(u.hyper.size()) == rule.hypers, "rule ", rule.name, " takes ",
-                   rule.hypers, " hyper-parameters, not ", u.hyper.size());
+    check_argument(u.hypers == rule.hypers, "rule ", rule.name, " takes ", rule.hypers,
+                   " hyper-parameters, not ", u.hypers);
     check_argument(rule.states <= static_cast<int>(table_.streams().size()), "rule ", rule.name,
                    " needs ", rule.states, " state streams; the pages have ",
                    table_.streams().size());
@@ -148,7 +148,7 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
       s.state[i] = reinterpret_cast<float*>(view.stream[i] + (begin - page.begin) *
                                                                  table_.streams()[i].element_bytes);
     }
-    std::copy(u->hyper.begin(), u->hyper.end(), s.hyper);
+    std::copy(u->hyper.begin(), u->hyper.begin() + u->hypers, s.hyper);
     s.grad_factor = u->grad_factor;
     s.rule = u->rule;
     s.param_dtype = u->param_dtype;

@@ -4,6 +4,7 @@
 // One lock, one call a step.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -36,7 +37,8 @@ struct Update {
   DType param_dtype = DType::kFloat32;
   DType grad_dtype = DType::kFloat32;
   float grad_factor = 1.0f;
-  std::vector<float> hyper;
+  std::array<float, kMaxHyper> hyper{};  // the rule's Hyper, float by float
+  int hypers = 0;                        // of them
 };
 
 struct StepReport {

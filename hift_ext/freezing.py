@@ -24,7 +24,7 @@ class Freezer:
     """Turns `requires_grad` on and off for one optimizer's parameters."""
 
     def __init__(self) -> None:
-        self._frozen: dict[int, torch.Tensor] = {}  # by id: a tensor's own hash is slower
+        self._frozen: dict[int, list[torch.Tensor]] = {}  # by group
         self._claimed: list[torch.Tensor] = []
 
     def claim(self, params: Iterable[torch.Tensor]) -> None:
@@ -41,25 +41,26 @@ class Freezer:
             _keepers[param] = weakref.ref(self)
         self._claimed += params
 
-    def freeze(self, param: torch.Tensor) -> None:
-        """Stops gradients of `param`, unless they are stopped already."""
-        if param.requires_grad:
-            param.requires_grad_(False)
-            self._frozen[id(param)] = param
+    def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
+        """Stops gradients of those of a group's parameters that have them."""
+        trained = [param for param in params if param.requires_grad]
+        for param in trained:
+            param.requires_grad = False
+        self._frozen.setdefault(group, []).extend(trained)
 
-    def thaw(self, param: torch.Tensor) -> None:
-        """Lets `param` have gradients again, if it was frozen here."""
-        if self._frozen.pop(id(param), None) is not None:
-            param.requires_grad_(True)
+    def thaw(self, group: int) -> None:
+        """Lets those of a group's parameters that were frozen here have gradients again."""
+        for param in self._frozen.pop(group, ()):
+            param.requires_grad = True
 
-    def froze(self, param: torch.Tensor) -> bool:
-        """Whether `param` is frozen by this optimizer now."""
-        return id(param) in self._frozen
+    def frozen(self) -> set[int]:
+        """The `id` of every parameter that is frozen by this optimizer now."""
+        return {id(param) for params in self._frozen.values() for param in params}
 
     def close(self) -> None:
         """Undoes every freeze and gives the parameters back."""
-        for param in list(self._frozen.values()):
-            self.thaw(param)
+        for group in list(self._frozen):
+            self.thaw(group)
         for param in self._claimed:
             keeper = _keepers.get(param)
             if keeper is not None and keeper() is self:

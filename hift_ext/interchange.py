@@ -146,9 +146,9 @@ def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
         (p, {k: v.clone() for k, v in entry.items() if k != "step"})
         for p, entry in optimizer.state.items()
     ]
-    kept["saved_frozen"] = [
-        p for group in optimizer._groups for p in group.params if optimizer._freezer.froze(p)
-    ]
+    frozen = optimizer._freezer.frozen()
+    members = (p for group in optimizer._groups for p in group.params)
+    kept["saved_frozen"] = [p for p in members if id(p) in frozen]
     return kept
 
 

@@ -120,5 +120,5 @@ def join(optimizer: HiFTOptimizer, param_group: dict[str, Any]) -> None:
     optimizer.param_groups[0]["hift"] = optimizer._schedule.as_dict
     if optimizer._frozen_for >= 0:
         optimizer._freezer.claim(trainable)
-        for p in trainable if optimizer.active != index else ():
-            optimizer._freezer.freeze(p)
+        if optimizer.active != index:
+            optimizer._freezer.freeze(index, trainable)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from hift_ext._version import __version__
 
@@ -38,6 +39,12 @@ PAGE_BYTES = 4 << 20
 Hypers = Sequence[Sequence[float]]
 Row = tuple[int, int, int, int, int]
 """Item, parameter address, gradient address, kind, index into the hypers of the step."""
+
+Wanted = tuple[torch.Tensor, int, int, int]
+"""Parameter, item, elements, index into the hypers of the step."""
+
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # older torch has none
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 
 class StreamSpec(NamedTuple):
@@ -82,6 +89,25 @@ def kind(rule: str, param: torch.dtype, grad: torch.dtype) -> int:
             "bfloat16 and float16 parameters with gradients of their own type or float32"
         )
     return RULES[rule][0] | DTYPE_CODES[param] << 8 | DTYPE_CODES[grad] << 12
+
+
+def plain_rows(wanted: list[Wanted], rules: Sequence[str], device: int) -> list[Row] | None:
+    """The rows of those `wanted` that have gradients.
+
+    Args:
+        wanted: Parameters of one group.
+        rules: Name of the rule for each index of hypers.
+        device: A CUDA device's index, or -1 for the host.
+
+    Returns:
+        None where a tensor is not dense and row-major, elsewhere, of another size, a subclass or of
+        types that are not offered, and where torch has no call that tells.
+    """
+    if _EXCHANGE is None:
+        return None
+    numbers = [RULES[rule][0] for rule in rules]
+    rows: list[Row] | None = _ext.plain_rows(_EXCHANGE, _PLAIN_TYPES, wanted, numbers, device)
+    return rows
 
 
 class Scalars(NamedTuple):

@@ -166,16 +166,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
             before = range(self._frozen_for, self._frozen_for + 1)
         for index in before:
             if index != active:
-                for p in self._groups[index].params:
-                    self._freezer.freeze(p)
-        for p in self._groups[active].params:
-            self._freezer.thaw(p)
+                self._freezer.freeze(index, self._groups[index].params)
+        self._freezer.thaw(active)
         self._frozen_for = active
         return first
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""
-        return tuple(name for p, name in self._names().items() if self._freezer.froze(p))
+        frozen = self._freezer.frozen()
+        return tuple(name for p, name in self._names().items() if id(p) in frozen)
 
     # What a user may ask ------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ class Entry:
         shape: Shape then.
         strides: Strides of the state, in elements: the parameter's own where those have no gaps.
         contiguous: Whether these are row-major.
-        address: Of the parameter when its size and device were last checked.
     """
 
     param: torch.Tensor
@@ -42,7 +41,6 @@ class Entry:
     shape: torch.Size = torch.Size()  # noqa: RUF009 (immutable)
     strides: tuple[int, ...] = ()
     contiguous: bool = True
-    address: int = -1
 
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,68 +36,111 @@ def update_group(
         TypeError: A pair of types that is not offered.
         ValueError: Settings that need state which was not laid out.
     """
-    device = optimizer._device_index if optimizer.state.engine is not None else None
-    rows: list[ops.Row] = []
-    hypers: list[tuple[float, ...]] = []
-    hyper_of: dict[tuple[int, int], int] = {}
-    updated: list[Entry] = []
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (parameter, copy in the state's layout)
-    held: list[torch.Tensor] = []  # what must live until the step is done
-    number = visits = hyper = code = -1  # of the entry before: most have all of these in common
-    param_dtype = grad_dtype = None
-    strided = torch.strided
+    work = _plain(optimizer, entries) or _checked(optimizer, entries)
+    if not work.rows:
+        return None
+    hypers = [_hypers(optimizer, number, visits) for number, visits in work.settings]
+    params = [entry.param for entry in work.updated]
+    scalars, tensors = _scalars(optimizer, params, found_inf)
+    schedule, engine = optimizer._schedule, optimizer._engine()
+    # The kernel writes behind autograd's back: a backward through an older forward must raise.
+    # Before the step, which pushes all of this out of the processor's caches.
+    torch.autograd.graph.increment_version(params)
+    for entry in work.updated:
+        entry.visits += 1
+    try:
+        report = engine.step(schedule.active, work.rows, hypers, scalars, schedule.following)
+    except BaseException:
+        for entry in work.updated:
+            entry.visits -= 1
+        raise
+    del tensors  # on a GPU their memory is used again in stream order, after the kernel
+    if work.copies:
+        with torch.no_grad():
+            for p, copy in work.copies:
+                p.copy_(copy)
+    return report
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a step is to update.
+
+    Attributes:
+        rows: For the engine.
+        settings: (param_group, visits so far) of each index into the step's hypers.
+        updated: The entries that have a row.
+        copies: (parameter, copy in the state's layout), to be copied back.
+        held: Gradients in the state's layout, which must live until the step is done.
+    """
+
+    rows: list[ops.Row]
+    settings: list[tuple[int, int]]
+    updated: Sequence[Entry]
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
+
+
+def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
+    """The work where every tensor is as it was laid out, row-major and on one device, else None.
+
+    One call looks at all tensors, in a tenth of the time that asking each from Python takes.
+    """
+    if optimizer.state.engine is None:
+        return None
+    wanted: list[ops.Wanted] = []
+    index_of: dict[tuple[int, int], int] = {}
+    index = number = visits = -1
     for entry in entries:
-        p = entry.param
-        grad = p.grad
+        if entry.visits != visits or entry.number != number:
+            number, visits = entry.number, entry.visits
+            index = index_of.setdefault((number, visits), len(index_of))
+        if not entry.contiguous:
+            return None
+        wanted.append((entry.param, entry.item, entry.numel, index))
+    rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in index_of]
+    rows = ops.plain_rows(wanted, rules, optimizer._device_index)
+    if rows is None:
+        return None
+    updated = entries
+    if len(rows) < len(entries):
+        items = {row[0] for row in rows}
+        updated = [entry for entry in entries if entry.item in items]
+    return _Work(rows, list(index_of), updated)
+
+
+def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
+    """The work, looking at each tensor closely: strides are unified, and what is wrong raises."""
+    updated: list[Entry] = []
+    work = _Work([], [], updated)
+    index_of: dict[tuple[int, int], int] = {}
+    for entry in entries:
+        p, grad = entry.param, entry.param.grad
         if grad is None:
             continue
-        if device is None:
-            optimizer._engine()
-            device = optimizer._device_index
-        address = p.data_ptr()
+        optimizer._engine()  # the first gradient has it laid out
+        device = optimizer._device_index
         if (
-            grad.layout is not strided
-            or grad.numel() != entry.numel
-            or grad.get_device() != device
-            # At an address that was checked before, size and device are what they were.
-            or (address != entry.address and (p.numel(), p.get_device()) != (entry.numel, device))
+            grad.layout is not torch.strided
+            or (p.numel(), p.get_device()) != (entry.numel, device)
+            or (grad.numel(), grad.get_device()) != (entry.numel, device)
         ):
             _refuse(optimizer, entry, grad)
-        entry.address = address
-        if p.dtype is not param_dtype or grad.dtype is not grad_dtype or entry.number != number:
-            param_dtype, grad_dtype = p.dtype, grad.dtype
-            rule = optimizer.rule(optimizer.param_groups[entry.number])
-            code = ops.kind(rule, param_dtype, grad_dtype)
-        if entry.number != number or entry.visits != visits:
-            number, visits = entry.number, entry.visits
-            hyper = hyper_of.setdefault((number, visits), len(hypers))
-            if hyper == len(hypers):
-                hypers.append(_hypers(optimizer, number, visits))
-        if not (p.is_contiguous() if entry.contiguous else entry.fits(p)):
+        rule = optimizer.rule(optimizer.param_groups[entry.number])
+        code = ops.kind(rule, p.dtype, grad.dtype)
+        index = index_of.setdefault((entry.number, entry.visits), len(index_of))
+        address = p.data_ptr()
+        if not entry.fits(p):
             copy = entry.laid_out(p, p.dtype)
-            copies.append((p, copy))
+            work.copies.append((p, copy))
             address = copy.data_ptr()
-        if not (grad.is_contiguous() if entry.contiguous else entry.fits(grad)):
+        if not entry.fits(grad):
             grad = entry.laid_out(grad, grad.dtype)
-            held.append(grad)
-        rows.append((entry.item, address, grad.data_ptr(), code, hyper))
+            work.held.append(grad)
+        work.rows.append((entry.item, address, grad.data_ptr(), code, index))
         updated.append(entry)
-    if not rows:
-        return None
-
-    params = [entry.param for entry in updated]
-    scalars, tensors = _scalars(optimizer, params, found_inf)
-    held += tensors
-    schedule, engine = optimizer._schedule, optimizer._engine()
-    report = engine.step(schedule.active, rows, hypers, scalars, schedule.following)
-    with torch.no_grad():
-        for p, copy in copies:
-            p.copy_(copy)
-    # The kernel wrote behind autograd's back: a backward through an older forward must raise.
-    torch.autograd.graph.increment_version(params)
-    for entry in updated:
-        entry.visits += 1
-    return report
+    work.settings.extend(index_of)
+    return work
 
 
 def quiet(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,6 +58,11 @@ SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
         "no /proc: the names of the process's threads cannot be read",
         Path("/proc/self/task").is_dir,
     ),
+    "exchange": (
+        7,
+        "this torch has no C exchange of tensors: each is looked at from Python",
+        lambda: hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    ),
 }
 
 

@@ -21,7 +21,7 @@ CPP_SUFFIXES = {".h", ".inl", ".cpp", ".cu", ".cuh"}
 
 # "bind -> engine -> paging, cpu, cuda -> core; cpu, cuda -> rules; cuda/mover -> paging/mover.h"
 LAYERS: dict[str, set[str]] = {
-    "bind": {"engine", "paging", "cpu", "cuda", "core"},
+    "bind": {"bind", "engine", "paging", "cpu", "cuda", "core"},
     "engine": {"engine", "paging", "cpu", "cuda", "core"},
     "paging": {"paging", "core/check.h"},
     "cpu": {"cpu", "core", "rules"},
@@ -57,7 +57,7 @@ def layer_of(path: Path, csrc: Path) -> str:
     place = path.relative_to(csrc)
     if place.parent.name == "cuda" and place.stem == "mover":
         return "cuda/mover"
-    return place.parent.as_posix() if place.parent.name else place.stem
+    return place.parent.as_posix() if place.parent.name else place.stem.split("_")[0]
 
 
 def include_violations(root: Path) -> list[str]:
@@ -70,7 +70,7 @@ def include_violations(root: Path) -> list[str]:
             r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.M
         ):
             if quote == '"':
-                owner = name.split("/")[0] if "/" in name else Path(name).stem
+                owner = name.split("/")[0] if "/" in name else Path(name).stem.split("_")[0]
                 allowed = {owner, name} & LAYERS.get(layer, set()) and (csrc / name).is_file()
             elif name.startswith("pybind11/"):
                 allowed = layer == "bind"

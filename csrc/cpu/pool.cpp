@@ -7,17 +7,19 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cfenv>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace hift::cpu {
 namespace {
 
 class Pool {
  public:
-  void run(std::int64_t count, int threads,
+  void run(std::int64_t count, std::int64_t grain, int threads,
            const std::function<void(std::int64_t, std::int64_t)>& body) {
     const std::lock_guard<std::mutex> turn(turn_);
     {
@@ -25,28 +27,43 @@ class Pool {
       while (workers_ < threads - 1) start(workers_);
       fegetenv(&mode_);
       body_ = &body;
-      count_ = count;
-      parts_ = threads;
-      running_ = threads - 1;
+      grain_ = grain;
+      if (static_cast<int>(parts_.size()) != threads) parts_ = std::vector<Part>(threads);
+      const std::int64_t grains = (count + grain - 1) / grain;
+      for (int p = 0; p < threads; ++p) {
+        parts_[p].next = grains * p / threads * grain;
+        parts_[p].end = p + 1 == threads ? count : grains * (p + 1) / threads * grain;
+      }
       ++generation_;
     }
     wake_.notify_all();
-    body(0, bound(1));
+    share(body, 0);
     std::unique_lock<std::mutex> lock(mutex_);
+    // All is taken: who has not woken yet need not, and finds no body.
+    body_ = nullptr;
     // `body` and all it refers to live on the caller's stack: nobody may still be in it when this
     // returns.
     done_.wait(lock, [this] { return running_ == 0; });
-    body_ = nullptr;
   }
 
  private:
-  /// First element of part `part`, a multiple of 64 so that two threads never write one cache line
-  /// of a float stream.
-  std::int64_t bound(int part) const {
-    if (part == parts_) return count_;
-    const std::int64_t share = (count_ + parts_ - 1) / parts_;
-    const std::int64_t rounded = (share + 63) / 64 * 64;
-    return rounded * part < count_ ? rounded * part : count_;
+  /// A thread's own stretch of elements. What is left of it when the others are done is theirs too.
+  struct alignas(64) Part {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t end = 0;
+  };
+
+  /// Takes grains until none is left, its own first: they lie in a row, as memory likes it.
+  void share(const std::function<void(std::int64_t, std::int64_t)>& body, int own) {
+    const int parts = static_cast<int>(parts_.size());
+    for (int p = 0; p < parts; ++p) {
+      Part& part = parts_[(own + p) % parts];
+      for (;;) {
+        const std::int64_t begin = part.next.fetch_add(grain_, std::memory_order_relaxed);
+        if (begin >= part.end) break;
+        body(begin, begin + grain_ < part.end ? begin + grain_ : part.end);
+      }
+    }
   }
 
   void start(int worker) {
@@ -67,12 +84,12 @@ class Pool {
     for (;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (worker + 1 >= parts_) continue;
+      if (body_ == nullptr || worker + 1 >= static_cast<int>(parts_.size())) continue;
       fesetenv(&mode_);
       const auto* body = body_;
-      const std::int64_t begin = bound(worker + 1), end = bound(worker + 2);
+      ++running_;
       lock.unlock();
-      if (begin < end) (*body)(begin, end);
+      share(*body, worker + 1);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -85,9 +102,9 @@ class Pool {
   std::uint64_t generation_ = 0;
   fenv_t mode_{};
   const std::function<void(std::int64_t, std::int64_t)>* body_ = nullptr;
-  std::int64_t count_ = 0;
-  int parts_ = 1;
-  int running_ = 0;
+  std::int64_t grain_ = 1;
+  std::vector<Part> parts_;
+  int running_ = 0;  // workers inside `body_`
 };
 
 /// The pool of this process. A forked child has none of the parent's threads, and perhaps its locks
@@ -108,13 +125,13 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(std::int64_t count, int threads,
+void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body) {
-  if (threads <= 1) {
+  if (threads <= 1 || count <= grain) {
     if (count > 0) body(0, count);
     return;
   }
-  pool().run(count, threads, body);
+  pool().run(count, grain, threads, body);
 }
 
 }  // namespace hift::cpu

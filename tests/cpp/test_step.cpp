@@ -6,9 +6,11 @@
 
 #include <atomic>
 #include <cfenv>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -21,7 +23,7 @@ using hift::cpu::parallel_for;
 
 /// Unguarded writes: ThreadSanitizer sees ranges that overlap and a caller that reads too early.
 void fill(std::vector<int>& to, int value, int threads) {
-  parallel_for(static_cast<std::int64_t>(to.size()), threads,
+  parallel_for(static_cast<std::int64_t>(to.size()), 64, threads,
                [&](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t i = begin; i < end; ++i) to[i] += value;
                });
@@ -55,26 +57,51 @@ TEST(every_element_is_visited_once) {
   }
 }
 
-TEST(ranges_begin_on_cache_lines) {
+TEST(ranges_are_grains) {
   std::mutex mutex;
-  std::set<std::int64_t> begins;
-  parallel_for(1000, 3, [&](std::int64_t begin, std::int64_t) {
+  std::set<std::pair<std::int64_t, std::int64_t>> ranges;
+  const auto note = [&](std::int64_t begin, std::int64_t end) {
     const std::lock_guard<std::mutex> lock(mutex);
-    begins.insert(begin);
+    ranges.insert({begin, end});
+  };
+  parallel_for(1000, 384, 3, note);
+  using Ranges = std::set<std::pair<std::int64_t, std::int64_t>>;
+  CHECK(ranges == (Ranges{{0, 384}, {384, 768}, {768, 1000}}), ranges.size(), " ranges");
+  ranges.clear();
+  parallel_for(1000, 384, 1, note);
+  CHECK(ranges == (Ranges{{0, 1000}}), ranges.size(), " ranges");
+}
+
+/// Calls `visit` on `threads` threads at once: no range ends before all have begun.
+void on_every_thread(int threads, const std::function<void()>& visit) {
+  std::atomic<int> arrived{0};
+  parallel_for(threads, 1, threads, [&](std::int64_t, std::int64_t) {
+    visit();
+    ++arrived;
+    while (arrived < threads) std::this_thread::yield();
   });
-  CHECK(begins == (std::set<std::int64_t>{0, 384, 768}), begins.size(), " ranges");
 }
 
 TEST(workers_share_the_work) {
   std::mutex mutex;
   std::set<std::thread::id> seen;
   for (int round = 0; round < 20; ++round) {
-    parallel_for(400, 4, [&](std::int64_t, std::int64_t) {
+    on_every_thread(4, [&] {
       const std::lock_guard<std::mutex> lock(mutex);
       seen.insert(std::this_thread::get_id());
     });
   }
   CHECK(seen.size() == 4, seen.size(), " threads");
+}
+
+TEST(a_thread_that_is_held_up_leaves_its_share) {
+  // One range lasts until all others are done: whoever took it, the rest is the other thread's.
+  std::atomic<int> done{0};
+  parallel_for(100, 1, 2, [&](std::int64_t begin, std::int64_t) {
+    while (begin == 0 && done < 99) std::this_thread::yield();
+    ++done;
+  });
+  CHECK(done == 100, done);
 }
 
 TEST(callers_take_turns) {
@@ -110,7 +137,7 @@ TEST(steps_from_several_callers) {
 TEST(workers_take_the_callers_rounding) {
   const auto modes = [](int threads) {
     std::atomic<int> upward{0}, ranges{0};
-    parallel_for(1000, threads, [&](std::int64_t, std::int64_t) {
+    on_every_thread(threads, [&] {
       upward += std::fegetround() == FE_UPWARD;
       ++ranges;
     });

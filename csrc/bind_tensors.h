@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Addresses, types and sizes of many tensors in one call, by DLPack's C exchange interface, which
+// recent torch offers. A tensor whose elements do not simply lie in a row is left to Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace hift {
+
+/// The rows of a step, as `Engine.step` takes them, or None if any tensor needs a closer look.
+///
+/// `exchange` is the `__dlpack_c_exchange_api__` capsule of the `types`; tensors of any other type,
+/// a subclass too, need a closer look. `wanted` is a list of (parameter, item, elements, index of
+/// its hypers); parameters whose `grad` is None are left out. `rules[h]` is the rule's number for
+/// hypers h. `device` is a CUDA device's index, or -1 for the host. No tensor is kept.
+pybind11::object plain_rows(const pybind11::capsule& exchange, const pybind11::tuple& types,
+                            const pybind11::list& wanted, const pybind11::list& rules, int device);
+
+}  // namespace hift

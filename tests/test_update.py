@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+# One call that looks at all of a group's tensors stands for the closer look at each: what it
+# accepts gets the same bits, and what it does not accept gets the same error.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hift_ext
+from hift_ext import ops
+
+
+class Named(torch.Tensor):
+    """A subclass without behaviour of its own."""
+
+
+def double(p: nn.Parameter) -> None:
+    p.grad = None
+    p.data = p.data.double()
+    p.grad = torch.ones_like(p)
+
+
+def sparse(p: nn.Parameter) -> None:
+    p.grad = p.grad.to_sparse()
+
+
+def resized(p: nn.Parameter) -> None:
+    p.grad = None
+    p.data = torch.zeros(7)
+    p.grad = torch.ones(7)
+
+
+def transposed(p: nn.Parameter) -> None:
+    p.data = p.data.t().contiguous().t()
+
+
+def expanded(p: nn.Parameter) -> None:
+    p.grad = torch.randn(3, 1).expand(3, 4)
+
+
+def transposed_grad(p: nn.Parameter) -> None:
+    p.grad = p.grad.t().contiguous().t()
+
+
+def half(p: nn.Parameter) -> None:
+    p.grad = None
+    p.data = p.data.half()
+    p.grad = torch.ones_like(p)
+
+
+def subclass(p: nn.Parameter) -> None:
+    p.grad = p.grad.as_subclass(Named)
+
+
+def absent(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+def offset(p: nn.Parameter) -> None:
+    p.data = torch.randn(13)[1:].view(3, 4)
+
+
+def plain(p: nn.Parameter) -> None:
+    pass
+
+
+CHANGES = (
+    plain,
+    absent,
+    offset,
+    half,
+    transposed,
+    transposed_grad,
+    expanded,
+    subclass,
+    double,
+    sparse,
+    resized,
+)
+ACCEPTED = (plain, absent, offset, half)
+
+
+def steps(change) -> tuple:
+    """Weights, visits and error of a step after one on plain tensors and a change."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    params += [nn.Parameter(torch.randn(())), nn.Parameter(torch.empty(0, 3))]
+    decayed = [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.5, "lr": 0.1}]
+    with hift_ext.AdamW(decayed, lr=1e-2, layers_per_group="all") as optimizer:
+        error = None
+        for turn in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if turn == 1:
+                change(params[1])
+            try:
+                optimizer.step()
+            except (RuntimeError, TypeError) as raised:
+                error = (type(raised), str(raised))
+                break
+        visits = [entry.visits for entry in optimizer.state.entries.values()]
+        state = [optimizer.state[p]["exp_avg_sq"].clone() for p in params if p in optimizer.state]
+    return [p.detach().clone() for p in params], state, visits, error
+
+
+@pytest.mark.needs("exchange")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_quick_look_and_closer_look_agree(change, monkeypatch) -> None:
+    looks = []
+    quick = ops.plain_rows
+
+    def looking(*args):
+        rows = quick(*args)
+        looks.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(ops, "plain_rows", looking)
+    found = steps(change)
+    # The first step lays the state out; the second is the one after the change.
+    assert looks[0] is (change in ACCEPTED)
+    monkeypatch.setattr(ops, "plain_rows", lambda *args: None)
+    expected = steps(change)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=0, atol=0)
+    assert found[2:] == expected[2:]
+    assert (expected[3] is not None) == (change in (double, sparse, resized))
+
+
+@pytest.mark.needs("exchange")
+def test_quick_look_tells_addresses_and_kinds() -> None:
+    p, q, absent_grad = (nn.Parameter(torch.ones(2, 3).to(t)) for t in (torch.half,) * 3)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    wanted = [(p, 0, 6, 0), (absent_grad, 1, 6, 0), (q, 5, 6, 1)]
+    rows = ops.plain_rows(wanted, ["adamw", "sgd"], -1)
+    assert rows == [
+        (0, p.data_ptr(), p.grad.data_ptr(), ops.kind("adamw", torch.half, torch.half), 0),
+        (5, q.data_ptr(), q.grad.data_ptr(), ops.kind("sgd", torch.half, torch.half), 1),
+    ]
+    assert ops.plain_rows([(p, 0, 7, 0)], ["adamw"], -1) is None
+    assert ops.plain_rows([(p, 0, 6, 0)], ["adamw"], 0) is None  # not on CUDA device 0
+    with pytest.raises(ValueError, match="hypers 1"):
+        ops.plain_rows([(p, 0, 6, 1)], ["adamw"], -1)
