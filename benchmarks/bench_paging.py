@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-import mmap
-import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import arguments, draw, machine, write
+from disk import BareCopies, disk_gbps
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -106,7 +103,9 @@ class Step:
 class Variant:
     """A copy of the model that shares its weights' memory, with an optimizer of its own."""
 
-    def __init__(self, name: str, model: nn.Module, store: str, staging: Any) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, store: str, staging: Any, bare: bool = False
+    ) -> None:
         self.name, self.store, self.staging = name, store, staging
         self.model = copy.deepcopy(model)
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -115,6 +114,8 @@ class Variant:
             self.model, lr=1e-6, store=store, staging=staging, page_bytes=PAGE_BYTES
         )
         self.steps: list[Step] = []
+        # What moving the same bytes costs a computation where no pager has a hand in it.
+        self.copies = BareCopies(PAGE_BYTES) if bare else None
 
     def turn(self, ids: torch.Tensor, count: int) -> list[Step]:
         """`count` timed steps, after one that is not: its pages came in during others' turns."""
@@ -127,6 +128,9 @@ class Variant:
             loss.backward()
             backward = time.perf_counter()
             self.optimizer.step()
+            if self.copies is not None:
+                sizes = [8 * self.optimizer.groups[g].numel for g in (self.optimizer.active, group)]
+                self.copies.start(*sizes)
             end = time.perf_counter()
             self.optimizer.zero_grad()
             if index > 0:
@@ -140,48 +144,8 @@ class Variant:
         engine = self.optimizer.state.engine
         assert engine is not None
         engine.flush()
-
-
-def disk_gbps(mebibytes: int, threads: int = 2) -> tuple[float, float]:
-    """The disk's own speed, reading and writing one file past the page cache where it can be.
-
-    Args:
-        mebibytes: Size of the file.
-        threads: Blocks under way at once; as many as the pager has readers, and writers.
-
-    Returns:
-        GB/s in (read) and out (written).
-    """
-    block = PAGE_BYTES
-    blocks = max(threads, (mebibytes << 20) // block)
-    folder = os.environ.get("TMPDIR", "/var/tmp")
-    handle, path = tempfile.mkstemp(dir=folder)
-    os.close(handle)
-    try:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_DIRECT)
-        except OSError:  # a file system without O_DIRECT; the pager does the same
-            handle = os.open(path, os.O_RDWR)
-        buffers = [mmap.mmap(-1, block) for _ in range(threads)]
-        for buffer in buffers:
-            buffer.write(os.urandom(block))
-
-        def move(thread: int, writes: bool) -> None:
-            for index in range(thread, blocks, threads):
-                call = os.pwritev if writes else os.preadv
-                if call(handle, [buffers[thread]], index * block) != block:
-                    raise OSError(f"{path}: a block of {block} bytes was moved in part")
-
-        rates = []
-        with ThreadPoolExecutor(threads) as pool:
-            for writes in (True, False):
-                begin = time.perf_counter()
-                list(pool.map(move, range(threads), [writes] * threads))
-                rates.append(blocks * block / (time.perf_counter() - begin) / 1e9)
-        os.close(handle)
-        return rates[1], rates[0]
-    finally:
-        os.unlink(path)
+        if self.copies is not None:
+            self.copies.wait()
 
 
 def by_group(steps: Sequence[Step]) -> dict[int, list[Step]]:
@@ -199,7 +163,9 @@ def mean_of_medians(steps: Sequence[Step], value: Any) -> float:
     )
 
 
-def row_of(variant: Variant, ram: Variant, model: str, tokens: int) -> dict[str, Any]:
+def row_of(
+    variant: Variant, ram: Variant, bare: Variant, model: str, tokens: int
+) -> dict[str, Any]:
     """The figures of one variant; times in ms a step, sizes in bytes a step."""
 
     def ratio(mine: Sequence[Step], theirs: Sequence[Step]) -> float:
@@ -242,6 +208,7 @@ def row_of(variant: Variant, ram: Variant, model: str, tokens: int) -> dict[str,
         "store_bytes": stats["store_bytes"],
         "staging_bytes": stats["staging_bytes"],
         "ratio_to_ram": ratio(variant.steps, ram.steps),
+        "ratio_to_bare_copies": ratio(variant.steps, bare.steps),
         "ratio_to_ram_where_transfer_is_shorter": statistics.median(shorter) if shorter else None,
         "groups": groups,
         "steps": len(variant.steps),
@@ -269,10 +236,12 @@ def plot(path: Any, result: dict[str, Any], timelines: dict[tuple[int, str], lis
         panel.barh(names, hidden, color="#5a9e6f", label=shown, height=0.12)
         for index, row in enumerate(rows):
             text = f" {row['step_ms']:.0f} ms"
-            if row["store"] != "ram":
+            if index > 0:
                 text += f": {row['ratio_to_ram']:.3f} of RAM's"
+            if index > 1:
+                text += f", {row['ratio_to_bare_copies']:.3f} of bare copies'"
             panel.text(row["step_ms"], index, text, va="center", fontsize=9)
-        panel.set_xlim(0, 1.35 * max(row["step_ms"] for row in rows))
+        panel.set_xlim(0, 1.6 * max(row["step_ms"] for row in rows))
         panel.invert_yaxis()
         panel.set_xlabel("ms a step, mean over groups of medians")
         panel.set_title(f"{rows[0]['model']}, {tokens} tokens a step", fontsize=10)
@@ -319,12 +288,13 @@ def timeline(panel: Any, lines: Sequence[tuple[str, list[Step]]]) -> None:
 
 
 def make_variants(model: str) -> list[Variant]:
-    """One model, four ways to keep its optimizer's state."""
+    """One model, ways to keep its optimizer's state; the first is the one to compare with."""
     torch.manual_seed(0)
     base = Decoder(SIZES[model])
     block = sum(8 * p.numel() for p in base.blocks[0].parameters())
     return [
         Variant("RAM", base, "ram", "auto"),
+        Variant("RAM, and bare copies", base, "ram", "auto", bare=True),
         Variant("disk, ring: largest group", base, "disk", "auto"),
         Variant("disk, ring: half a block", base, "disk", max(block // 2, 2 * PAGE_BYTES)),
         Variant("disk, ring: four pages", base, "disk", 4 * PAGE_BYTES),
@@ -368,11 +338,11 @@ def main() -> None:
     measure(variants, ids[:, : TOKENS["short"]], 1, groups)
     disks, timelines = [], {}
     for tokens in TOKENS.values():
-        disks.append(disk_gbps(1024 if options.model == "350m" else 16))
+        disks.append(disk_gbps(1024 if options.model == "350m" else 16, PAGE_BYTES))
         measure(variants, ids[:, :tokens], options.rounds, steps)
-        disks.append(disk_gbps(1024 if options.model == "350m" else 16))
+        disks.append(disk_gbps(1024 if options.model == "350m" else 16, PAGE_BYTES))
         for variant in variants:
-            result["rows"].append(row_of(variant, variants[0], options.model, tokens))
+            result["rows"].append(row_of(variant, *variants[:2], options.model, tokens))
             timelines[tokens, variant.name] = variant.steps[-steps:]
     for variant in variants:
         variant.optimizer.close()
@@ -381,7 +351,8 @@ def main() -> None:
     for row in result["rows"]:
         print(
             f"{row['tokens']:4} tokens  {row['variant']:26} {row['step_ms']:8.1f} ms"
-            f"  x RAM {row['ratio_to_ram']:.3f}  hidden {row['hidden_ms']:7.1f}"
+            f"  x RAM {row['ratio_to_ram']:.3f}"
+            f"  x bare copies {row['ratio_to_bare_copies']:.3f}  hidden {row['hidden_ms']:7.1f}"
             f"  waited {row['wait_ms']:7.1f}  update {row['update_ms']:6.1f}",
             file=sys.stderr,
         )

@@ -141,12 +141,22 @@ py::dict cuda_info() {
   return info;
 }
 
+/// Where parameters of CUDA device `device` are updated, or those of the host (-1).
+/// `allocate(bytes)` gives the address of a ring on the device.
+std::unique_ptr<hift::Compute> compute(int device, const py::object& allocate) {
+  if (device < 0) return hift::make_host_compute();
+  return hift::make_cuda_compute(device, [allocate](std::int64_t bytes) {
+    const py::gil_scoped_acquire gil;
+    return reinterpret_cast<void*>(allocate(bytes).cast<std::int64_t>());
+  });
+}
+
 void bind_engine(py::module_& m) {
   using hift::Engine;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const std::vector<std::pair<std::int64_t, float>>& streams,
                        const std::string& store, std::int64_t page_bytes, std::int64_t staging,
-                       int readers, int writers) {
+                       int readers, int writers, int device, const py::object& allocate) {
              std::vector<hift::Stream> all;
              for (const auto& [element_bytes, fill] : streams) {
                std::uint32_t bits;
@@ -154,29 +164,32 @@ void bind_engine(py::module_& m) {
                all.push_back({element_bytes, bits});
              }
              const hift::EngineOptions options{store, page_bytes, staging, readers, writers};
-             return std::make_shared<Engine>(std::move(all), options);
+             return std::make_shared<Engine>(std::move(all), options, compute(device, allocate));
            }),
            py::arg("streams"), py::arg("store"), py::arg("page_bytes"), py::arg("staging"),
-           py::arg("readers"), py::arg("writers"))
+           py::arg("readers"), py::arg("writers"), py::arg("device") = -1,
+           py::arg("allocate") = py::none())
       .def("add_groups", &Engine::add_groups, py::call_guard<py::gil_scoped_release>())
       .def(
           "step",
           [](Engine& engine, int group, const py::list& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
-             std::int64_t clip, std::int64_t found_inf, int threads, int next) {
+             std::int64_t clip, std::int64_t found_inf, int threads, int next,
+             std::int64_t stream) {
             const std::vector<Update> updates = updates_of(rows, hypers);
             hift::StepReport report;
             {
               py::gil_scoped_release release;
               report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads,
-                                   next);
+                                   next, reinterpret_cast<void*>(stream));
             }
             return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out,
                                   report.moved.wait_ms, report.moved.transfer_ms, report.update_ms,
                                   report.step_ms);
           },
           py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
-          py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"))
+          py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"),
+          py::arg("stream") = 0)
       .def(
           "read",
           [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,

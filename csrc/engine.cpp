@@ -56,11 +56,14 @@ bool continues(const Span& a, const Span& b) {
 
 }  // namespace
 
-Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_ptr<Store> store)
+Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_ptr<Compute> compute,
+               std::unique_ptr<Store> store)
     : options_(std::move(options)),
       table_(std::move(streams), options_.page_bytes),
-      store_(store != nullptr ? std::move(store) : make_store(options_.store)) {
-  check_argument(options_.staging >= 0, "staging must not be negative: ", options_.staging);
+      store_(store != nullptr ? std::move(store) : make_store(options_.store)),
+      compute_(compute != nullptr ? std::move(compute) : make_host_compute()) {
+  check_argument(options_.staging >= EngineOptions::kWholeGroup,
+                 "staging must not be negative: ", options_.staging);
   check_argument(options_.readers >= 1 && options_.writers >= 1,
                  "readers and writers must be at least 1: ", options_.readers, ", ",
                  options_.writers);
@@ -83,6 +86,8 @@ void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
     }
     table.add_group(end);
   }
+  // The pager and the ring go, and what they hold with them.
+  compute_->wait();
   if (pager_ != nullptr) pager_->flush();
   store_->grow(table);
   // The pager and the mover refer to the table: they go before it changes and are made anew after.
@@ -96,17 +101,18 @@ void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
 void Engine::make_pager() {
   int slots = 0;
   const std::int64_t slot_bytes = table_.max_record_bytes();
-  if (ram_ == nullptr && slot_bytes > 0) {
+  const bool in_place = ram_ != nullptr && (!compute_->has_own_memory() || options_.staging == 0);
+  if (!in_place && slot_bytes > 0) {
     std::int64_t staging = options_.staging, largest = 2;
     for (int g = 0; g < table_.groups(); ++g)
       largest = std::max(largest, table_.end_page(g) - table_.first_page(g));
-    if (staging == 0) staging = largest * slot_bytes;
+    if (staging == EngineOptions::kWholeGroup) staging = largest * slot_bytes;
     check_argument(staging >= 2 * slot_bytes, "staging of ", staging,
                    " bytes does not hold two pages of ", slot_bytes,
                    " bytes: pass a larger staging or a smaller page_bytes");
     slots = static_cast<int>(std::min(staging / slot_bytes, largest));
-    mover_ = std::make_unique<HostMover>(*store_, table_, slots, slot_bytes, options_.readers,
-                                         options_.writers);
+    mover_ = compute_->make_mover(*store_, table_, slots, slot_bytes, options_.readers,
+                                  options_.writers);
   }
   pager_ = std::make_unique<Pager>(table_, *store_, mover_.get(), slots);
 }
@@ -130,8 +136,8 @@ void Engine::check(int group, const std::vector<Update>& updates) const {
 }
 
 std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
-                                   const std::vector<Update>& updates,
-                                   const std::vector<Item>& items) const {
+                                   const std::vector<Update>& updates) const {
+  const std::vector<Item>& items = items_[page.group];
   std::vector<Span> spans;
   auto u = std::partition_point(updates.begin(), updates.end(), [&](const Update& update) {
     return items[update.item].begin + items[update.item].count <= page.begin;
@@ -145,8 +151,10 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
     s.param = static_cast<std::byte*>(u->param) + (begin - item.begin) * size_of(u->param_dtype);
     s.grad = static_cast<const std::byte*>(u->grad) + (begin - item.begin) * size_of(u->grad_dtype);
     for (int i = 0; i < cpu::rule(u->rule).states; ++i) {
-      s.state[i] = reinterpret_cast<float*>(view.stream[i] + (begin - page.begin) *
-                                                                 table_.streams()[i].element_bytes);
+      std::byte* const state =
+          view.stream[i] + (begin - page.begin) * table_.streams()[i].element_bytes;
+      s.state[i] = mover_ != nullptr ? reinterpret_cast<float*>(state)
+                                     : compute_->reach(*ram_, table_, page.group, state);
     }
     std::copy(u->hyper.begin(), u->hyper.begin() + u->hypers, s.hyper);
     s.grad_factor = u->grad_factor;
@@ -158,65 +166,26 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
   return spans;
 }
 
+struct Engine::Step {
+  int group;
+  const std::vector<Update>& updates;
+  const Scaling& scaling;
+  int threads;
+  void* stream;
+};
+
 StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling,
-                        int threads, int next) {
+                        int threads, int next, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto start = Clock::now();
   throw_deferred();
   check(group, updates);
   check_argument(next < table_.groups(), "next group ", next, " is not one of ", table_.groups());
-  StepReport report;
-  const auto update = [&](const std::vector<Span>& spans) {
-    const auto begin = Clock::now();
-    cpu::step(spans.data(), spans.size(), scaling, threads);
-    report.update_ms += ms_since(begin);
-  };
-  const std::int64_t first = table_.first_page(group), end = table_.end_page(group);
-  const bool whole = mover_ == nullptr || end - first <= pager_->slots();
-
-  std::vector<PageView> views;
-  std::vector<Span> joined;
-  std::int64_t released = first;
-  const auto let_go = [&](bool dirty) {
-    for (; released < first + static_cast<std::int64_t>(views.size()); ++released) {
-      pager_->release(released, nullptr, dirty);
-    }
-  };
-  try {
-    for (std::int64_t p = first; p < end; ++p) {
-      views.push_back(pager_->acquire(p, nullptr));
-      if (whole) continue;
-      update(spans_of(table_.page(p), views.back(), updates, items_[group]));
-      let_go(true);
-    }
-    if (whole && mover_ == nullptr) {
-      for (std::int64_t p = first; p < end; ++p) {
-        for (const Span& s : spans_of(table_.page(p), views[p - first], updates, items_[group])) {
-          if (!joined.empty() && continues(joined.back(), s)) {
-            joined.back().count += s.count;
-          } else {
-            joined.push_back(s);
-          }
-        }
-      }
-      update(joined);
-      let_go(true);
-    } else if (whole) {
-      for (std::int64_t p = first; p < end; ++p) {
-        update(spans_of(table_.page(p), views[p - first], updates, items_[group]));
-        pager_->release(p, nullptr, true);
-        released = p + 1;
-      }
-    }
-  } catch (const std::exception& error) {
-    const std::int64_t updated = released - first;
-    let_go(false);
-    if (updated > 0) {
-      throw std::runtime_error(
-          text("the step stopped after ", updated, " of ", end - first, " pages of group ", group,
-               " had been updated; repeat it only from a checkpoint. Cause: ", error.what()));
-    }
-    throw;
+  const Step step{group, updates, scaling, threads, stream};
+  if (mover_ == nullptr) {
+    update_in_place(step);
+  } else {
+    update_in_ring(step);
   }
   try {
     if (next >= 0) pager_->prefetch(next);
@@ -224,9 +193,69 @@ StepReport Engine::step(int group, const std::vector<Update>& updates, const Sca
     // This step is done: weights and state agree. The next call tells, before it changes anything.
     deferred_ = std::current_exception();
   }
+  StepReport report;
   report.moved = pager_->take_counters();
+  report.update_ms = compute_->take_update_ms();
   report.step_ms = ms_since(start);
   return report;
+}
+
+void Engine::update_in_place(const Step& step) {
+  const std::int64_t first = table_.first_page(step.group), end = table_.end_page(step.group);
+  std::vector<Span> joined;
+  std::int64_t acquired = first;
+  const auto let_go = [&](bool dirty) {
+    for (std::int64_t p = first; p < acquired; ++p) pager_->release(p, step.stream, dirty);
+  };
+  try {
+    while (acquired < end) {
+      const Page& page = table_.page(acquired);
+      const PageView view = pager_->acquire(page.index, step.stream);
+      ++acquired;
+      for (const Span& s : spans_of(page, view, step.updates)) {
+        if (!joined.empty() && continues(joined.back(), s)) {
+          joined.back().count += s.count;
+        } else {
+          joined.push_back(s);
+        }
+      }
+    }
+    compute_->step(joined.data(), joined.size(), step.scaling, step.threads, step.stream);
+  } catch (...) {
+    let_go(false);
+    throw;
+  }
+  let_go(true);
+}
+
+void Engine::update_in_ring(const Step& step) {
+  const std::int64_t first = table_.first_page(step.group), end = table_.end_page(step.group);
+  // A file may fail to give a page: all are here before the first changes, if the ring has room.
+  const bool at_once = ram_ == nullptr && end - first <= pager_->slots();
+  std::vector<PageView> views;
+  std::int64_t released = first;
+  const auto update = [&](std::int64_t p) {
+    const std::vector<Span> spans = spans_of(table_.page(p), views[p - first], step.updates);
+    compute_->step(spans.data(), spans.size(), step.scaling, step.threads, step.stream);
+    pager_->release(p, step.stream, true);
+    released = p + 1;
+  };
+  try {
+    for (std::int64_t p = first; p < end; ++p) {
+      views.push_back(pager_->acquire(p, step.stream));
+      if (!at_once) update(p);
+    }
+    for (std::int64_t p = released; p < end; ++p) update(p);
+  } catch (const std::exception& error) {
+    const std::int64_t updated = released - first;
+    for (; released < first + static_cast<std::int64_t>(views.size()); ++released) {
+      pager_->release(released, step.stream, false);
+    }
+    if (updated == 0) throw;
+    throw std::runtime_error(text(
+        "the step stopped after ", updated, " of ", end - first, " pages of group ", step.group,
+        " had been updated; repeat it only from a checkpoint. Cause: ", error.what()));
+  }
 }
 
 const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t begin,
@@ -245,12 +274,16 @@ const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t beg
 void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
                   std::byte* to) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  // Over the bus, pages change in host memory.
+  compute_->wait();
   pager_->read(group, stream, item(group, index, begin, count).begin + begin, count, to);
 }
 
 void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin,
                    std::int64_t count, const std::byte* from) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  // Over the bus, pages change in host memory.
+  compute_->wait();
   pager_->write(group, stream, item(group, index, begin, count).begin + begin, count, from);
 }
 
@@ -269,6 +302,9 @@ std::byte* Engine::address(int group, std::int64_t index, int stream,
       pager_->release(p, nullptr, true);
     }
   }
+  // What the view shows has been computed and has come back.
+  compute_->wait();
+  pager_->flush();
   *owner = ram_->slab(group);
   return ram_->stream_address(table_, group, stream) + it.begin * streams()[stream].element_bytes;
 }
@@ -287,6 +323,8 @@ void Engine::throw_deferred() {
 void Engine::flush() {
   const std::lock_guard<std::mutex> lock(mutex_);
   throw_deferred();
+  // All state is to be in the store.
+  compute_->wait();
   if (pager_ != nullptr) pager_->flush();
 }
 

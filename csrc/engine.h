@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "core/span.h"
+#include "engine_compute.h"
 #include "paging/file_store.h"
-#include "paging/host_mover.h"
 #include "paging/pager.h"
 #include "paging/store.h"
 
@@ -23,9 +23,13 @@ namespace hift {
 struct EngineOptions {
   std::string store = "ram";          // "ram", "disk" (unlinked scratch) or "disk:PATH"
   std::int64_t page_bytes = 8 << 20;  // upper bound of a page's record
-  std::int64_t staging = 0;  // bytes of ring for a disk store; 0: room for the largest group
-  int readers = 2;           // threads that bring pages in, and that write them back
+  // Bytes of ring in compute memory; kWholeGroup: room for the largest group; 0: none, pages in
+  // host memory are updated where they are (on a GPU over the bus). On the host they always are.
+  std::int64_t staging = kWholeGroup;
+  int readers = 2;  // threads that bring pages in from a file, and that write them back
   int writers = 2;
+
+  static constexpr std::int64_t kWholeGroup = -1;
 };
 
 /// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`.
@@ -41,17 +45,18 @@ struct Update {
   int hypers = 0;                        // of them
 };
 
+/// Times on a GPU are those known by now: of the step before, mostly.
 struct StepReport {
   PagerCounters moved;   // since the last step
   double update_ms = 0;  // arithmetic
-  double step_ms = 0;    // the whole call
+  double step_ms = 0;    // the host, in this call
 };
 
 class Engine {
  public:
-  /// `store` replaces the one that the options name.
+  /// `compute` is the host's if there is none; `store` replaces the one that the options name.
   Engine(std::vector<Stream> streams, EngineOptions options,
-         std::unique_ptr<Store> store = nullptr);
+         std::unique_ptr<Compute> compute = nullptr, std::unique_ptr<Store> store = nullptr);
   ~Engine();
 
   /// Adds groups; `counts[g][i]` is the number of elements of item i of group g. All or nothing.
@@ -61,8 +66,10 @@ class Engine {
   /// Where the ring holds the whole group, every page is brought in before the first weight
   /// changes, so that a failed read changes nothing; where it does not, the error says how many
   /// pages were already updated.
+  /// On a GPU all of it is queued behind the work on `stream` (a CUDA stream handle), and scalars
+  /// and tensors must stay until that is done.
   StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling,
-                  int threads, int next);
+                  int threads, int next, void* stream = nullptr);
 
   /// Copies `count` elements of one stream of an item, from element `begin` of the item on.
   void read(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
@@ -90,11 +97,13 @@ class Engine {
     std::int64_t count;
   };
   const Item& item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const;
+  struct Step;
   void make_pager();
   void throw_deferred();
+  void update_in_place(const Step& step);
+  void update_in_ring(const Step& step);
   std::vector<Span> spans_of(const Page& page, const PageView& view,
-                             const std::vector<Update>& updates,
-                             const std::vector<Item>& items) const;
+                             const std::vector<Update>& updates) const;
   void check(int group, const std::vector<Update>& updates) const;
 
   EngineOptions options_;
@@ -103,7 +112,8 @@ class Engine {
   std::vector<std::vector<Item>> items_;
   std::unique_ptr<Store> store_;
   RamStore* ram_ = nullptr;  // store_, if it is one
-  std::unique_ptr<HostMover> mover_;
+  std::unique_ptr<Compute> compute_;
+  std::unique_ptr<Mover> mover_;
   std::unique_ptr<Pager> pager_;
   std::exception_ptr deferred_;  // of the prefetch after a step that was done
 };

@@ -355,4 +355,4 @@ def _device() -> torch.device:
 
 def default_store() -> str:
     """`disk` on the CPU, so that paging is real: there, RAM is where the weights are too."""
-    return "disk" if _device().type == "cpu" else "device"
+    return "disk" if _device().type == "cpu" else "ram"

@@ -128,7 +128,8 @@ def _read(path: Path) -> str:
 def _scratch() -> dict[str, Any]:
     """Makes a page file as `store="disk"` does, and says where it was and how it is read."""
     try:
-        engine = ops.PagedEngine([ops.StreamSpec("x")], "disk", 1 << 20, 0)
+        streams, cpu = [ops.StreamSpec("x")], torch.device("cpu")
+        engine = ops.PagedEngine(streams, "disk", 1 << 20, ops.WHOLE_GROUP, cpu)
         engine.add_groups([[1024]])
         description = engine.description
     except OSError as error:

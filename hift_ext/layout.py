@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hift_ext import ops
+from hift_ext.backend import make_engine
 from hift_ext.freezing import OTHER_OPEN, other_keeper
 from hift_ext.layers import Group
 from hift_ext.paged_state import Entry
@@ -61,7 +62,7 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
     device = params[0].device
     streams = max((optimizer.streams(group) for group in optimizer.param_groups), key=len)
     options = optimizer._options
-    engine = ops.make_engine(
+    engine = make_engine(
         streams,
         device,
         store=options["store"],

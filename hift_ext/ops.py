@@ -33,8 +33,15 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES: dict[str, tuple[int, int, int]] = _ext.rules()
 """Rule name -> its number, its state streams, its hyper-parameters."""
 
-PAGE_BYTES = 4 << 20
-"""Upper bound of a page's record where the user names none."""
+PAGE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
+"""Upper bound of a page's record where the user names none, by type of device.
+
+On a GPU a page costs a launch and some events, tens of microseconds, and the first page in and the
+last one out cannot hide behind others.
+"""
+
+WHOLE_GROUP = -1
+"""Staging: room for the largest group."""
 
 Hypers = Sequence[Sequence[float]]
 Row = tuple[int, int, int, int, int]
@@ -158,12 +165,44 @@ class StateEngine(Protocol):
         """Waits until all state has reached the store."""
 
 
+def cuda_memory(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes from torch's allocator, so that its figures and caps include them."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def cuda_stream(device: torch.device) -> int:
+    """The handle of torch's current stream."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 class PagedEngine:
-    """State in pages, in host memory or in a file; parameters on the CPU."""
+    """State in pages, in host memory or in a file.
+
+    Args:
+        streams: The state of an element.
+        store: `"ram"`, `"disk"` or `"disk:PATH"`.
+        page_bytes: Upper bound of a page's record.
+        staging: Bytes of the ring, or WHOLE_GROUP. With 0 a GPU updates pages in host memory over
+            the bus; the CPU always updates them where they are.
+        device: Of the parameters.
+    """
 
     def __init__(
-        self, streams: Sequence[StreamSpec], store: str, page_bytes: int, staging: int
+        self,
+        streams: Sequence[StreamSpec],
+        store: str,
+        page_bytes: int,
+        staging: int,
+        device: torch.device,
     ) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        ring: list[torch.Tensor] = []  # owned by the callback, and so by the engine
+
+        def allocate(size: int) -> int:
+            ring[:] = []
+            ring.append(cuda_memory(size, device))
+            return ring[0].data_ptr()
+
         self._engine = _ext.Engine(
             [(4, stream.fill) for stream in streams],
             store,
@@ -171,6 +210,8 @@ class PagedEngine:
             staging,
             readers=2,
             writers=2,
+            device=-1 if self._cuda is None else self._cuda.index,
+            allocate=None if self._cuda is None else allocate,
         )
         self._in_memory = store == "ram"
 
@@ -201,9 +242,10 @@ class PagedEngine:
     def step(
         self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
-        """Updates `group` on torch's number of threads."""
+        """Updates `group` on torch's number of threads, or behind its current stream's work."""
         threads = torch.get_num_threads()
-        return Report(*self._engine.step(group, rows, hypers, *scalars, threads, following))
+        stream = 0 if self._cuda is None else cuda_stream(self._cuda)
+        return Report(*self._engine.step(group, rows, hypers, *scalars, threads, following, stream))
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """A view with a storage of its own for host memory, else a copy."""
@@ -309,44 +351,3 @@ class ResidentEngine:
 
     def flush(self) -> None:
         """Nothing is under way."""
-
-
-def make_engine(
-    streams: Sequence[StreamSpec],
-    device: torch.device,
-    *,
-    store: str,
-    backend: str,
-    page_bytes: int | str,
-    staging: int | str,
-) -> StateEngine:
-    """The engine for parameters on `device`: which backend, where state rests, how it is cut.
-
-    Raises:
-        RuntimeError: The wish does not fit the device or this build.
-        ValueError: `staging` does not hold two pages.
-        OSError: The page file cannot be made.
-    """
-    if device.type not in ("cpu", "cuda") or backend not in ("auto", device.type):
-        raise RuntimeError(
-            f"backend={backend!r} does not update parameters on {device}: move the model to the "
-            "or to a CUDA device, and leave backend at 'auto'"
-        )
-    if device.type == "cuda":
-        if not build_info()["cuda_built"]:
-            raise RuntimeError(
-                "the parameters are on a CUDA device and this build has no CUDA kernels: "
-                "`pip install nvidia-cuda-nvcc`, then HIFT_CUDA=1 pip install . again"
-            )
-        if store not in ("auto", "device"):
-            raise RuntimeError(
-                f"store={store!r} is not offered for parameters on {device} by this "
-                "version; offered: 'device', which keeps their state beside them"
-            )
-    if store == "device" or device.type == "cuda":
-        return ResidentEngine(streams, device)
-    ring = 0 if staging == "auto" else int(staging)
-    page = PAGE_BYTES if page_bytes == "auto" else int(page_bytes)
-    if page_bytes == "auto" and ring:
-        page = min(page, ring // 2)
-    return PagedEngine(streams, "ram" if store == "auto" else store, page, ring)

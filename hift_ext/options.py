@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 STORES = ("auto", "ram", "disk", "device")
-BACKENDS = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "cpu", "cuda", "triton")
 
 
 class HiFTOptions(TypedDict, total=False):
@@ -28,15 +28,16 @@ class HiFTOptions(TypedDict, total=False):
         seed: Seed of the random order.
         groups: The groups themselves: lists of parameter-name prefixes or of Parameters.
         store: Where state rests: `"ram"`, `"disk"` (unlinked scratch), `"disk:PATH"`, `"device"`
-            (beside the parameters); `"auto"` is `"ram"` on the CPU and `"device"` on a GPU.
-        staging: Bytes of the ring through which a disk store's pages pass; `"auto"` holds the
-            largest group.
+            (beside the parameters); `"auto"` is `"ram"`.
+        staging: Bytes of the ring in compute memory through which pages pass (on the CPU a disk
+            store's only); `"auto"` holds the largest group, 0 has a GPU update pages in host memory
+            over the bus.
         page_bytes: Upper bound of a page's record in bytes.
         state_dtype: Type of the state; `torch.float32`.
         master: `"auto"` or None: no separate master weights.
         rounding: How 16-bit weights are rounded; `"nearest"`.
         max_grad_norm: Clips the norm of the active group's gradients to this inside the update.
-        backend: `"auto"`, `"cpu"` or `"cuda"`.
+        backend: `"auto"`, `"cpu"`, `"cuda"` or `"triton"`.
     """
 
     model: nn.Module | None
@@ -89,8 +90,13 @@ def checked(options: HiFTOptions) -> dict[str, Any]:
         raise ValueError(f"store must be one of {', '.join(STORES)} or 'disk:PATH', not {store!r}")
     for name in ("staging", "page_bytes"):
         value = full[name]
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be 'auto' or a positive number of bytes, not {value!r}")
+        least = 0 if name == "staging" else 1
+        if value != "auto" and (
+            isinstance(value, bool) or not isinstance(value, int) or value < least
+        ):
+            raise ValueError(
+                f"{name} must be 'auto' or a number of bytes, at least {least}, not {value!r}"
+            )
     if full["model"] is not None and not isinstance(full["model"], nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(full['model']).__name__}")
     if isinstance(full["seed"], bool) or not isinstance(full["seed"], int):

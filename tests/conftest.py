@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import _hift_ext
@@ -25,6 +28,37 @@ def _flushes() -> bool:
         return torch.set_flush_denormal(True)
     finally:
         torch.set_flush_denormal(False)
+
+
+def _nvcc() -> Path | None:
+    """nvcc, where the build would find it."""
+    path = Path(__file__).resolve().parents[1] / "setup.py"
+    spec = importlib.util.spec_from_file_location("hift_setup", path)
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    found: Path | None = build.find_nvcc(
+        os.environ, Path("/usr/local/cuda"), build.site_folders(os.environ)
+    )
+    return found
+
+
+def _has_triton() -> bool:
+    try:
+        return tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
+    except PackageNotFoundError:
+        return False
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_runtime.h: beside nvcc, or where a toolkit usually is."""
+    nvcc = _nvcc()
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda")]
+    if nvcc is not None:
+        homes.insert(0, nvcc.resolve().parents[1])
+    folders = (home / "include" for home in homes)
+    return next((f for f in folders if (f / "cuda_runtime.h").is_file()), None)
 
 
 SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
@@ -57,6 +91,26 @@ SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
         6,
         "no /proc: the names of the process's threads cannot be read",
         Path("/proc/self/task").is_dir,
+    ),
+    "nvcc": (
+        8,
+        "no nvcc: CUDA code cannot be compiled here",
+        lambda: _nvcc() is not None,
+    ),
+    "cuda_headers": (
+        9,
+        "no headers of CUDA's runtime: nothing can be built against the simulated one",
+        lambda: cuda_include() is not None,
+    ),
+    "triton": (
+        10,
+        "Triton 3.6 or later is not installed",
+        _has_triton,
+    ),
+    "triton_compiler": (
+        11,
+        "TRITON_INTERPRET=1 has replaced Triton's compiler",
+        lambda: os.environ.get("TRITON_INTERPRET") != "1",
     ),
     "exchange": (
         7,

@@ -81,7 +81,7 @@ def test_paging(tmp_path: Path) -> None:
     ram = result["rows"][0]
     assert ram["store"] == "ram"
     assert ram["ratio_to_ram"] == 1
-    four_pages = result["rows"][3]
+    four_pages = result["rows"][4]
     assert four_pages["staging_bytes"] <= four_pages["staging"]
 
 

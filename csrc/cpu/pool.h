@@ -12,8 +12,8 @@ namespace hift::cpu {
 /// `threads` - 1 workers, and returns when all are done. Ranges begin at multiples of `grain` and
 /// are no longer than it, unless the caller does all alone; a thread that is held up leaves its
 /// share to the others. Workers take the caller's floating-point mode (flush-to-zero, rounding).
-/// `body` must not throw. Calls from several threads take turns; after a fork the child gets workers
-/// of its own.
+/// `body` must not throw. Calls from several threads take turns; after a fork the child gets
+/// workers of its own.
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body);
 

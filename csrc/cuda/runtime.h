@@ -46,7 +46,7 @@ template <class Argument>
 void launch(void (*kernel)(Argument), std::int64_t blocks, int threads, void* stream,
             const Argument& argument) {
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
                          dim3(static_cast<unsigned>(threads)), arguments, 0,
                          static_cast<cudaStream_t>(stream)),
         "cudaLaunchKernel", "blocks: ", blocks, ", threads: ", threads, ", stream: ", stream);

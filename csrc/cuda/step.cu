@@ -43,7 +43,8 @@ Work work_of(const Span& s, std::uint32_t first_block) {
 /// Updates `count` spans of one rule and one pair of types, in as few launches as the argument's
 /// size allows.
 template <class Rule, class Param, class Grad>
-void run(const Span* const* spans, std::size_t count, const Scaling& scaling, void* stream) {
+void run(const Span* const* spans, std::size_t count, const Scaling& scaling, void* stream,
+         int* launches) {
   using Work = Work<Rule, Param, Grad>;
   using Table = Table<Work>;
   static_assert(Rule::states <= kMaxStates && sizeof(typename Rule::Hyper) <= sizeof(Span::hyper));
@@ -57,6 +58,7 @@ void run(const Span* const* spans, std::size_t count, const Scaling& scaling, vo
   for (std::size_t i = 0; i < count; ++i) {
     if (table.size == Table::kCapacity) {
       launch(update_spans<Table>, blocks, kThreads, stream, table);
+      ++*launches;
       table.size = 0;
       blocks = 0;
     }
@@ -67,6 +69,7 @@ void run(const Span* const* spans, std::size_t count, const Scaling& scaling, vo
     table.work[table.size++] = work_of<Work>(*spans[i], static_cast<std::uint32_t>(first_block));
   }
   launch(update_spans<Table>, blocks, kThreads, stream, table);
+  ++*launches;
 }
 
 struct Entry {
@@ -121,11 +124,20 @@ void step(const Span* spans, std::size_t count, const Scaling& scaling, int devi
                    [](const Span* a, const Span* b) { return kernel_of(*a) < kernel_of(*b); });
 
   const DeviceGuard guard(device);
-  for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
-    const Span& first = *order[begin];
-    while (end < order.size() && kernel_of(*order[end]) == kernel_of(first)) ++end;
-    const auto& kernels = kEntries[first.rule].run[static_cast<int>(first.param_dtype)];
-    kernels[static_cast<int>(first.grad_dtype)](&order[begin], end - begin, scaling, stream);
+  int launches = 0;
+  try {
+    for (std::size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+      const Span& first = *order[begin];
+      while (end < order.size() && kernel_of(*order[end]) == kernel_of(first)) ++end;
+      const auto& kernels = kEntries[first.rule].run[static_cast<int>(first.param_dtype)];
+      const auto kernel = kernels[static_cast<int>(first.grad_dtype)];
+      kernel(&order[begin], end - begin, scaling, stream, &launches);
+    }
+  } catch (const std::exception& error) {
+    if (launches == 0) throw;
+    throw std::runtime_error(
+        text("the step stopped after ", launches,
+             " of its kernels; repeat it only from a checkpoint. Cause: ", error.what()));
   }
 }
 

@@ -49,9 +49,10 @@ class BlockedSignals {
 }  // namespace
 
 struct HostMover::State {
-  State(Store& store_, const PageTable& table_, int slots, std::int64_t slot_bytes_)
+  State(Store& store_, const PageTable& table_, int slots, std::int64_t slot_bytes_, Hooks hooks_)
       : store(store_),
         table(table_),
+        hooks(std::move(hooks_)),
         slot_bytes(slot_bytes_),
         slab(slots * slot_bytes_),
         queue(slots) {}
@@ -64,6 +65,7 @@ struct HostMover::State {
 
   Store& store;
   const PageTable& table;
+  const Hooks hooks;
   const std::int64_t slot_bytes;
   Slab slab;
 
@@ -102,6 +104,7 @@ void HostMover::State::stop() {
   }
   for (auto& cv : work_came) cv.notify_all();
   for (std::thread& thread : threads) thread.join();
+  threads.clear();
 }
 
 void HostMover::State::work(bool out) {
@@ -129,10 +132,16 @@ void HostMover::State::work(bool out) {
 
 std::exception_ptr HostMover::State::run(const Copy& copy) {
   try {
+    const auto call = [&](const Hooks::Call& hook) {
+      if (hook) hook(copy.page, copy.slot);
+    };
     if (copy.out) {
+      call(hooks.before_write);
       store.write(table, copy.page, address(copy.slot));
     } else {
+      call(hooks.before_read);
       store.read(table, copy.page, address(copy.slot));
+      call(hooks.after_read);
     }
     return nullptr;
   } catch (...) {
@@ -141,20 +150,24 @@ std::exception_ptr HostMover::State::run(const Copy& copy) {
 }
 
 HostMover::HostMover(Store& store, const PageTable& table, int slots, std::int64_t slot_bytes,
-                     int readers, int writers)
+                     int readers, int writers, Hooks hooks)
     : table_(table), slots_(slots) {
   check_argument(slots >= 1, "a ring needs at least one slot, not ", slots);
   check_argument(slot_bytes >= 1, "a slot's size must be positive: ", slot_bytes);
   check_argument(readers >= 1 && readers <= 256, "readers must be from 1 to 256: ", readers);
   check_argument(writers >= 1 && writers <= 256, "writers must be from 1 to 256: ", writers);
   slot_bytes_ = (slot_bytes + table.alignment() - 1) / table.alignment() * table.alignment();
-  state_ = std::make_unique<State>(store, table, slots, slot_bytes_);
+  state_ = std::make_unique<State>(store, table, slots, slot_bytes_, std::move(hooks));
   state_->start(readers, writers);
+}
+
+void HostMover::stop() {
+  if (owner_.here()) state_->stop();
 }
 
 HostMover::~HostMover() {
   if (owner_.here()) {
-    state_->stop();
+    stop();
   } else {
     // In a forked child the threads do not exist, the lock may be held by one of them for ever, and
     // destroying a condition variable waits for its waiters. What is left of it stays.

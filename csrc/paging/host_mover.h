@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "paging/mover.h"
@@ -14,13 +15,22 @@ namespace hift {
 
 class HostMover final : public Mover {
  public:
+  /// Called on the copying threads with the page and the slot; what one throws fails the copy.
+  struct Hooks {
+    using Call = std::function<void(const Page&, int)>;
+    Call before_read, after_read, before_write;
+  };
+
   /// `slots` slots of `slot_bytes` bytes (rounded up to the table's alignment). `store` and `table`
   /// outlive the mover.
   HostMover(Store& store, const PageTable& table, int slots, std::int64_t slot_bytes, int readers,
-            int writers);
+            int writers, Hooks hooks = {});
 
   /// Finishes the write-backs under way, then ends the threads. Errors are lost: drain first.
   ~HostMover() override;
+
+  /// The same without freeing the slots: nothing may be moved any more.
+  void stop();
 
   std::byte* slot_address(int slot) override;
   std::int64_t slot_bytes() const override { return slot_bytes_; }

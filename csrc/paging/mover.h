@@ -60,6 +60,10 @@ class Mover {
   /// Milliseconds in which at least one copy was under way, since the last call of this function.
   virtual double take_busy_ms() = 0;
 
+  /// Milliseconds that work on compute streams stood still for pages, as far as they are known and
+  /// were not told before. Where the host waits instead, `await` tells.
+  virtual double take_wait_ms() { return 0; }
+
   // The bytes of a slot with nothing under way. As they stand here, for slots in host memory.
 
   /// Fills `count` elements from byte `offset` of the slot on, behind the work queued on `stream`.

@@ -64,13 +64,13 @@ PageView Pager::acquire(std::int64_t index, void* stream) {
     try {
       if (slots_[slot].page != index) bind(index, slot);
       load(slot);
-      // The page's bytes have come in, and those it had before have gone out of the slot.
+      // The page's bytes have come in, and those it had before have gone out of the slot, as far as
+      // `stream` is concerned: the host may still have to wait for them (`leaving`).
       counters_.wait_ms += mover_->await(slot, stream);
     } catch (...) {
       settle();
       throw;
     }
-    slots_[slot].leaving = -1;
     if (!page.touched) fill_slot(page, slot, stream);
     slots_[slot].pinned = true;
     slots_[slot].reserved = false;
@@ -189,7 +189,10 @@ void Pager::fill_in_place(const Page& page) {
 PagerCounters Pager::take_counters() {
   PagerCounters taken = counters_;
   counters_ = {};
-  if (!slots_.empty()) taken.transfer_ms = mover_->take_busy_ms();
+  if (!slots_.empty()) {
+    taken.transfer_ms = mover_->take_busy_ms();
+    taken.wait_ms += mover_->take_wait_ms();
+  }
   return taken;
 }
 

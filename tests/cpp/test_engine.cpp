@@ -101,7 +101,7 @@ TEST(every_ring_gives_the_bits_of_memory) {
     const std::int64_t slot = std::max<std::int64_t>(page, 4096);
     for (const std::int64_t slots : {2, 3, 0}) {
       for (const int threads : {1, 3}) {
-        Engine engine(kStreams, disk(page, slots * slot));
+        Engine engine(kStreams, disk(page, slots == 0 ? EngineOptions::kWholeGroup : slots * slot));
         engine.add_groups(kCounts);
         Model model;
         run(engine, model, threads);
@@ -119,7 +119,7 @@ TEST(every_ring_gives_the_bits_of_memory) {
 
 TEST(written_state_is_used_and_fill_is_seen_before_any_step) {
   for (const char* store : {"ram", "disk"}) {
-    EngineOptions options = disk(4096, 0);
+    EngineOptions options = disk(4096, EngineOptions::kWholeGroup);
     options.store = store;
     Engine engine(kStreams, options);
     engine.add_groups(kCounts);
@@ -183,7 +183,8 @@ class BrokenStore final : public hift::Store {
 TEST(a_failed_read_changes_nothing_where_the_ring_holds_the_group) {
   auto owned = std::make_unique<BrokenStore>();
   BrokenStore& store = *owned;
-  Engine engine(kStreams, disk(4096, 0), std::move(owned)), healthy(kStreams, disk(4096, 0));
+  Engine engine(kStreams, disk(4096, EngineOptions::kWholeGroup), nullptr, std::move(owned)),
+      healthy(kStreams, disk(4096, EngineOptions::kWholeGroup));
   engine.add_groups(kCounts);
   healthy.add_groups(kCounts);
   Model model, expected;
@@ -221,7 +222,8 @@ TEST(a_failed_read_changes_nothing_where_the_ring_holds_the_group) {
 TEST(a_failed_write_is_told_by_the_next_step_and_loses_nothing) {
   auto owned = std::make_unique<BrokenStore>();
   BrokenStore& store = *owned;
-  Engine engine(kStreams, disk(4096, 2 * 4096), std::move(owned)), healthy(kStreams, disk(4096, 0));
+  Engine engine(kStreams, disk(4096, 2 * 4096), nullptr, std::move(owned)),
+      healthy(kStreams, disk(4096, EngineOptions::kWholeGroup));
   engine.add_groups(kCounts);
   healthy.add_groups(kCounts);
   Model model, expected;
@@ -255,7 +257,7 @@ TEST(a_failed_write_is_told_by_the_next_step_and_loses_nothing) {
 TEST(a_small_ring_says_how_far_it_came) {
   auto owned = std::make_unique<BrokenStore>();
   BrokenStore& store = *owned;
-  Engine engine(kStreams, disk(4096, 2 * 4096), std::move(owned));
+  Engine engine(kStreams, disk(4096, 2 * 4096), nullptr, std::move(owned));
   engine.add_groups(kCounts);
   Model model;
   run(engine, model, 1);
@@ -275,7 +277,7 @@ TEST(a_small_ring_says_how_far_it_came) {
 }
 
 TEST(wrong_calls_are_refused) {
-  Engine engine(kStreams, disk(4096, 0));
+  Engine engine(kStreams, disk(4096, EngineOptions::kWholeGroup));
   engine.add_groups(kCounts);
   float weight[5] = {}, grad[5] = {};
   Update good;

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State beside the parameters, updated by Triton: what a GPU gets without this build's kernels.
+
+Apart from ops.py, since it imports triton, which takes half a second.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hift_ext import triton_step
+from hift_ext.ops import DTYPE_CODES, RULES, Hypers, Report, ResidentEngine, Row, Scalars
+
+_RULES = {number: (name, states) for name, (number, states, _) in RULES.items()}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+class TritonEngine(ResidentEngine):
+    """State in tensors on the parameters' own device; nothing moves."""
+
+    def step(
+        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+    ) -> Report:
+        """Updates `group`, a launch per parameter, on torch's current stream."""
+
+        def at(address: int, count: int, code: int) -> torch.Tensor:
+            return triton_step.tensor_at(address, count, _DTYPES[code], self._device)
+
+        start = time.perf_counter()
+        spans = []
+        for item, param, grad, kind, hyper in rows:
+            rule, states = _RULES[kind & 0xFF]
+            count = self._counts[group][item]
+            p, g = at(param, count, kind >> 8 & 0xF), at(grad, count, kind >> 12)
+            state = self._state(group, item)[:states]
+            spans.append(triton_step.Span(p, g, state, rule, hypers[hyper]))
+        tensors = (at(address, 1, 0) if address else None for address in scalars)
+        triton_step.step(spans, triton_step.Scalars(*tensors))
+        elapsed = 1e3 * (time.perf_counter() - start)
+        return Report(update_ms=elapsed, step_ms=elapsed)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# Run by tests/test_cuda_sim.py beside a module `_hift_ext` that is linked with the simulated
+# runtime. torch's CPU tensors stand for those of a device; all else is the product as it is.
+"""The optimizers on "cuda", against the same on the CPU and against torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import _hift_ext
+import torch
+from torch import nn
+
+import hift_ext
+from hift_ext import backend, layout, ops
+
+DEVICE = torch.device("cuda", 1)
+sim = ctypes.CDLL(_hift_ext.__file__)
+for name in ("sim_allocate", "sim_make_stream"):
+    getattr(sim, name).restype = ctypes.c_void_p
+for name in ("sim_operations", "sim_pageable_copies", "sim_registrations"):
+    getattr(sim, name).restype = ctypes.c_int64
+sim.sim_error.restype = ctypes.c_char_p
+stream = sim.sim_make_stream(DEVICE.index)
+
+
+class Ring:
+    """Device memory that is freed with its last tensor."""
+
+    def __init__(self, size: int) -> None:
+        self.address = sim.sim_allocate(ctypes.c_size_t(size))
+        self.size = size
+
+    def __del__(self) -> None:
+        sim.sim_free(ctypes.c_void_p(self.address))
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+ops.cuda_memory = lambda size, device: Ring(size)
+ops.cuda_stream = lambda device: stream
+make_engine = backend.make_engine
+on_device = False
+
+
+def on(streams: Any, device: torch.device, **options: Any) -> ops.StateEngine:
+    assert device.type == "cpu"
+    return make_engine(streams, DEVICE if on_device else device, **options)
+
+
+layout.make_engine = on
+
+CASES: list[tuple[Callable[..., torch.optim.Optimizer], Any, dict[str, Any]]] = [
+    (hift_ext.AdamW, torch.optim.AdamW, {"lr": 1e-2}),
+    (hift_ext.Adam, torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    (hift_ext.Adagrad, torch.optim.Adagrad, {"lr": 1e-2, "initial_accumulator_value": 0.5}),
+    (hift_ext.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
+]
+PLACES: list[dict[str, Any]] = [
+    {"store": "ram"},
+    {"store": "ram", "staging": 0},
+    {"store": "ram", "staging": 3 * 4096, "page_bytes": 4096},
+    {"store": "disk", "staging": 2 * 8192, "page_bytes": 8192},
+    {"store": "disk"},
+]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 33), nn.Tanh(), nn.Linear(33, 3)
+    )
+
+
+def train(trained: nn.Module, optimizer: Any, steps: int, scaled: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        x = torch.randn(8, 16, generator=generator)
+        trained(x).square().mean().backward()
+        if scaled:
+            optimizer.grad_scale = torch.tensor(0.5)
+        optimizer.step()
+        sim.sim_wait(ctypes.c_void_p(stream))  # torch's next forward is queued behind the step
+        optimizer.zero_grad()
+        if step == steps // 2 and isinstance(optimizer, hift_ext.HiFTOptimizer):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    state = [
+        value.clone()
+        for p in trained.parameters()
+        for name, value in sorted(optimizer.state[p].items())
+        if name != "step"
+    ]
+    return [p.detach().clone() for p in trained.parameters()] + state
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def main() -> int:
+    global on_device
+    runs = 0
+    for ours, theirs, settings in CASES:
+        for m in ("all", 1):
+            for scaled in (False, True):
+                on_device = False
+                cpu = model()
+                with ours(cpu, **settings, layers_per_group=m) as optimizer:
+                    expected = train(cpu, optimizer, 7, scaled)
+                if m == "all" and not scaled:
+                    plain = model()
+                    values = train(plain, theirs(plain.parameters(), **settings), 7, False)
+                    for x, y in zip(expected, values, strict=True):
+                        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+                on_device = True
+                for place in PLACES:
+                    runs += 1
+                    sim.sim_begin(runs)
+                    cuda = model()
+                    with ours(cuda, **settings, **place, layers_per_group=m) as optimizer:
+                        found = train(cuda, optimizer, 7, scaled)
+                        stats = optimizer.stats()
+                        moves = "device" not in place.values() and place.get("staging") != 0
+                        assert (stats["bytes_out"] > 0) == moves, (place, stats)
+                        assert not moves or stats["staging_bytes"] > 0, (place, stats)
+                    where = f"{ours.__name__}, {settings}, {place}, m={m}, schedule {runs}"
+                    assert equal(found, expected), f"{where}: other bits than on the CPU"
+                    assert sim.sim_operations() > 0, f"{where}: nothing ran on the device"
+                    assert sim.sim_pageable_copies() == 0, f"{where}: pageable copies"
+                    del optimizer, cuda
+                    gc.collect()
+                    assert sim.sim_registrations() == 0, f"{where}: registrations left"
+                    assert not sim.sim_error(), f"{where}: {sim.sim_error().decode()}"
+    print(f"{runs} trainings on the simulated device")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

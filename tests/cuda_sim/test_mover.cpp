@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+// The mover's promises one by one, without an engine that happens to keep its own order. The work
+// that uses a slot is queued by the test; every case runs under many schedules.
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "cuda/mover.h"
+#include "paging/file_store.h"
+#include "sim.h"
+
+namespace {
+
+using namespace hift_sim;
+using hift::Page;
+using hift::PageTable;
+using hift::RamStore;
+using hift::cuda::DeviceGuard;
+using hift::cuda::RamMover;
+
+constexpr int kDevice = 1, kSlots = 3, kSchedules = 60;
+constexpr std::int64_t kElements = 1024;  // of a page
+
+/// Four pages of one stream, a ring of three slots, two compute streams.
+struct Rig {
+  Rig() : table({{4, 0}}, kElements * 4) {
+    table.add_group(4 * kElements);
+    store.grow(table);
+    for (std::int64_t p = 0; p < 4; ++p) {
+      table.touch(p);
+      fill(host(p), static_cast<float>(p + 1));
+    }
+    const DeviceGuard guard(kDevice);
+    cudaMalloc(&ring, kSlots * kElements * 4);
+    cudaMalloc(&aside, kElements * 4);
+    for (cudaStream_t& stream : streams) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    registry = std::make_unique<hift::cuda::Registry>(kDevice);
+    const hift::cuda::RingMemory memory{static_cast<std::byte*>(ring), kSlots, kElements * 4,
+                                        kDevice};
+    mover = std::make_unique<RamMover>(store, table, *registry, memory);
+  }
+
+  ~Rig() {
+    for (cudaStream_t stream : streams) cudaStreamSynchronize(stream);
+    mover.reset();
+    registry.reset();
+    for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
+    cudaFree(ring);
+    cudaFree(aside);
+  }
+
+  static void fill(std::byte* to, float value) {
+    for (std::int64_t i = 0; i < kElements; ++i) std::memcpy(to + 4 * i, &value, 4);
+  }
+  static bool all(const std::byte* values, float value) {
+    for (std::int64_t i = 0; i < kElements; ++i) {
+      if (std::memcmp(values + 4 * i, &value, 4) != 0) return false;
+    }
+    return true;
+  }
+
+  std::byte* host(std::int64_t page) { return store.address(table, table.page(page), 0); }
+
+  /// A kernel that writes the slot.
+  void write(int slot, float value, int stream = 0) {
+    std::byte* to = mover->slot_address(slot);
+    launch(stream, [to, value] { fill(to, value); });
+  }
+  /// A kernel that keeps what it finds in the slot.
+  void keep(int slot, int stream = 0) {
+    const std::byte* from = mover->slot_address(slot);
+    launch(stream, [this, from] { std::memcpy(aside, from, kElements * 4); });
+  }
+  /// What was kept is `value` everywhere.
+  bool kept(float value, int stream = 0) {
+    bool same = false;
+    launch(stream, [&] { same = all(static_cast<const std::byte*>(aside), value); });
+    cudaStreamSynchronize(streams[stream]);
+    return same;
+  }
+  void launch(int stream, std::function<void()> body) {
+    const DeviceGuard guard(kDevice);
+    hift::cuda::check(enqueue(streams[stream], std::move(body), "kernel"), "enqueue");
+  }
+
+  PageTable table;
+  RamStore store;
+  void* ring = nullptr;
+  void* aside = nullptr;
+  cudaStream_t streams[2] = {};
+  std::unique_ptr<hift::cuda::Registry> registry;
+  std::unique_ptr<RamMover> mover;
+};
+
+/// Runs `body` under many schedules; it returns whether all was right.
+template <class Body>
+void under_schedules(Body body) {
+  for (unsigned seed = 0; seed < kSchedules; ++seed) {
+    begin(schedule_of(seed));
+    bool right = false;
+    {
+      Rig rig;
+      right = body(rig);
+    }
+    CHECK(right && stats().error.empty(), "schedule ", seed, ": ", stats().error);
+  }
+}
+
+TEST(work_finds_the_page_in_the_slot) {
+  under_schedules([](Rig& rig) {
+    rig.mover->fetch(rig.table.page(1), 0);
+    rig.mover->await(0, rig.streams[0]);
+    rig.keep(0);
+    return rig.kept(2);
+  });
+}
+
+TEST(a_write_back_takes_what_the_work_before_it_left) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->write_back(rig.table.page(0), 0, rig.streams[0]);
+    rig.mover->wait(0);
+    return Rig::all(rig.host(0), 9);
+  });
+}
+
+TEST(a_slot_is_not_refilled_before_its_page_has_left) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->write_back(rig.table.page(0), 0, rig.streams[0]);
+    rig.mover->fetch(rig.table.page(1), 0);
+    rig.mover->wait(0);
+    return Rig::all(rig.host(0), 9);
+  });
+}
+
+TEST(a_slot_released_unchanged_is_not_refilled_under_its_readers) {
+  under_schedules([](Rig& rig) {
+    rig.mover->fetch(rig.table.page(0), 0);
+    rig.mover->await(0, rig.streams[0]);
+    rig.keep(0);
+    rig.mover->fetch(rig.table.page(1), 0);
+    return rig.kept(1);
+  });
+}
+
+TEST(a_page_comes_in_with_the_bytes_that_left_another_slot) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->write_back(rig.table.page(2), 0, rig.streams[0]);
+    rig.mover->fetch(rig.table.page(2), 1);
+    rig.mover->await(1, rig.streams[1]);
+    rig.keep(1, 1);
+    return rig.kept(9, 1);
+  });
+}
+
+TEST(work_does_not_change_bytes_that_are_leaving) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->write_back(rig.table.page(0), 0, rig.streams[0]);
+    rig.mover->await(0, rig.streams[1]);
+    rig.write(0, 10, 1);
+    rig.mover->drain();
+    return Rig::all(rig.host(0), 9);
+  });
+}
+
+TEST(work_on_another_stream_comes_after_the_first) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->await(0, rig.streams[1]);
+    rig.keep(0, 1);
+    return rig.kept(9, 1);
+  });
+}
+
+TEST(the_host_waits_for_everything_on_a_slot) {
+  under_schedules([](Rig& rig) {
+    bool done = false;
+    rig.mover->fetch(rig.table.page(1), 0);
+    rig.mover->await(0, rig.streams[0]);
+    rig.launch(0, [&] { done = true; });
+    rig.mover->wait(0);
+    const bool waited = done;
+    std::vector<std::byte> bytes(kElements * 4);
+    rig.mover->peek(0, 0, kElements * 4, bytes.data());
+    return waited && Rig::all(bytes.data(), 2);
+  });
+}
+
+TEST(the_host_waits_for_a_copy_alone) {
+  under_schedules([](Rig& rig) {
+    rig.mover->fetch(rig.table.page(1), 0);
+    rig.mover->wait(0);
+    std::vector<std::byte> bytes(kElements * 4);
+    rig.mover->peek(0, 0, kElements * 4, bytes.data());
+    return Rig::all(bytes.data(), 2);
+  });
+}
+
+TEST(a_fill_is_there_for_who_looks) {
+  const hift::Stream pattern{4, 0x3f800000u};  // 1.0f
+  under_schedules([&](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.mover->fill(0, 0, kElements, pattern, rig.streams[0]);
+    std::vector<std::byte> bytes(kElements * 4);
+    rig.mover->peek(0, 0, kElements * 4, bytes.data());
+    return Rig::all(bytes.data(), 1);
+  });
+}
+
+TEST(a_poke_comes_after_a_fill_and_leaves_with_the_page) {
+  const hift::Stream pattern{4, 0x3f800000u};
+  under_schedules([&](Rig& rig) {
+    rig.mover->fill(0, 0, kElements, pattern, rig.streams[0]);
+    std::vector<std::byte> bytes(kElements * 4);
+    Rig::fill(bytes.data(), 7);
+    rig.mover->poke(0, 0, kElements * 4, bytes.data());
+    rig.mover->write_back(rig.table.page(3), 0, rig.streams[0]);
+    rig.mover->wait(0);
+    return Rig::all(rig.host(3), 7);
+  });
+}
+
+TEST(bytes_of_any_length_pass_the_bounce_buffer) {
+  under_schedules([](Rig& rig) {
+    rig.mover->fetch(rig.table.page(0), 1);
+    rig.mover->wait(1);
+    const float value = 5;
+    rig.mover->poke(1, 4 * 17, 4, reinterpret_cast<const std::byte*>(&value));
+    float found[3];
+    rig.mover->peek(1, 4 * 16, sizeof found, reinterpret_cast<std::byte*>(found));
+    return found[0] == 1 && found[1] == 5 && found[2] == 1;
+  });
+}
+
+TEST(a_drained_mover_has_nothing_under_way) {
+  under_schedules([](Rig& rig) {
+    rig.mover->await(0, rig.streams[0]);
+    rig.write(0, 9);
+    rig.mover->write_back(rig.table.page(0), 0, rig.streams[0]);
+    rig.mover->drain();
+    return Rig::all(rig.host(0), 9);
+  });
+}
+
+TEST(times_are_told_once_and_never_more_than_passed) {
+  under_schedules([](Rig& rig) {
+    for (int turn = 0; turn < 5; ++turn) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        rig.mover->fetch(rig.table.page(slot), slot);
+        rig.mover->await(slot, rig.streams[0]);
+        rig.mover->write_back(rig.table.page(slot), slot, rig.streams[0]);
+      }
+    }
+    rig.mover->drain();
+    cudaStreamSynchronize(rig.streams[0]);
+    const double passed = 0.01 * static_cast<double>(stats().operations);
+    const double busy = rig.mover->take_busy_ms(), waited = rig.mover->take_wait_ms();
+    return busy > 0 && busy <= passed && waited > 0 && waited <= passed &&
+           rig.mover->take_busy_ms() == 0 && rig.mover->take_wait_ms() == 0;
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return hift_test::run_tests(argc, argv); }

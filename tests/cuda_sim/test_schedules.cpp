@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole engine on a simulated device, in many orders that CUDA allows: every one must give the
+// bits of the host. Arguments: number of schedules (1000), first seed (1), or `faults`.
+#include <cstdio>
+#include <cstdlib>
+
+#include "check.h"
+#include "rig.h"
+
+namespace {
+
+using namespace hift_sim;
+
+int schedules = 1000;
+unsigned first_seed = 1;
+
+void check_clean(const Stats& before, const std::string& where) {
+  const Stats after = stats();
+  CHECK(after.error.empty(), where, ": ", after.error);
+  CHECK(after.pageable_copies == 0, where, ": ", after.pageable_copies, " pageable copies");
+  CHECK(after.device_blocks == before.device_blocks && after.streams == before.streams &&
+            after.events == before.events && after.registrations == before.registrations,
+        where, ": left behind ", after.device_blocks - before.device_blocks, " blocks, ",
+        after.streams - before.streams, " streams, ", after.events - before.events, " events, ",
+        after.registrations - before.registrations, " registrations");
+}
+
+void run(const Setting& setting, unsigned seed, int steps = kSteps) {
+  begin(schedule_of(seed));
+  const Stats before = stats();
+  const std::string where = hift::text("seed ", seed, ", store ", setting.store, ", pages of ",
+                                       setting.page_bytes, ", staging ", setting.staging);
+  {
+    Training training(setting);
+    for (int s = 0; s < steps; ++s) training.step(s);
+    CHECK(training.outcome() == expected(steps), where, ": other bits than on the host");
+  }
+  check_clean(before, where);
+}
+
+TEST(ram) {
+  const std::vector<Setting> all = settings("ram");
+  for (int i = 0; i < schedules; ++i) run(all[i % all.size()], first_seed + i);
+}
+
+TEST(disk) {
+  const std::vector<Setting> all = settings("disk");
+  for (int i = 0; i < (schedules + 9) / 10; ++i) run(all[i % all.size()], first_seed + i);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) schedules = std::atoi(argv[1]);
+  if (argc > 2) first_seed = static_cast<unsigned>(std::atoi(argv[2]));
+  char* none[] = {argv[0]};
+  return hift_test::run_tests(1, none);
+}
