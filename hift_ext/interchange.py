@@ -38,6 +38,7 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
+    state.settle()
     for p, entry in state.entries.items():
         entry.streams = optimizer.streams(group_of[p])
     optimizer.param_groups[:] = groups

@@ -317,6 +317,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._freezer.close()
         if self._hook is not None:
             self._hook.remove()
+        self.state.settle()
         engine, self.state.engine = self.state.engine, None
         for entry in self.state.entries.values():
             entry.visits = 0

@@ -6,7 +6,7 @@ In host memory the tensors are views of the pages; from a file they are copies m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,29 @@ class Entry:
         return tensor.stride() == self.strides
 
 
+class Flag:
+    """Whether a step found an overflow: a scalar on its way from a GPU to the host.
+
+    Args:
+        found_inf: One float32 element, non-zero for an overflow.
+    """
+
+    def __init__(self, found_inf: torch.Tensor) -> None:
+        self._value = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._value.copy_(found_inf.reshape(()), non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(found_inf.device))
+
+    def known(self) -> bool:
+        """Whether `raised` answers at once."""
+        return self._arrived.query()
+
+    def raised(self) -> bool:
+        """Waits for the scalar."""
+        self._arrived.synchronize()
+        return bool(self._value.item() != 0)
+
+
 class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
     """Reads through to the pages.
 
@@ -77,6 +100,23 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._from_start = from_start
         self.engine: StateEngine | None = None
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+        self._unsettled: list[tuple[Flag, Sequence[Entry]]] = []
+
+    def doubt(self, entries: Sequence[Entry], flag: Flag) -> None:
+        """The entries' last visits count only if `flag` is not raised."""
+        self._unsettled.append((flag, entries))
+
+    def settle(self, group: int | None = None) -> None:
+        """Takes back visits that were none: of one group, and what is known of others; or of all."""
+        if not self._unsettled:
+            return
+        doubts, self._unsettled = self._unsettled, []
+        for flag, entries in doubts:
+            if group is not None and entries[0].group != group and not flag.known():
+                self._unsettled.append((flag, entries))
+            elif flag.raised():
+                for entry in entries:
+                    entry.visits -= 1
 
     def _exists(self, entry: Entry) -> bool:
         made = self._from_start or entry.visits > 0
@@ -85,13 +125,16 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
     def __contains__(self, param: object) -> bool:
         if not isinstance(param, torch.Tensor):
             return False
+        self.settle()
         entry = self.entries.get(param)
         return entry is not None and self._exists(entry)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        self.settle()
         return (entry.param for entry in self.entries.values() if self._exists(entry))
 
     def __len__(self) -> int:
+        self.settle()
         return sum(self._exists(entry) for entry in self.entries.values())
 
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:

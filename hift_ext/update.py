@@ -17,7 +17,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ext import ops
-from hift_ext.paged_state import Entry
+from hift_ext.paged_state import Entry, Flag
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -36,6 +36,7 @@ def update_group(
         TypeError: A pair of types that is not offered.
         ValueError: Settings that need state which was not laid out.
     """
+    optimizer.state.settle(optimizer._schedule.active)
     work = _plain(optimizer, entries) or _checked(optimizer, entries)
     if not work.rows:
         return None
@@ -54,6 +55,8 @@ def update_group(
         for entry in work.updated:
             entry.visits -= 1
         raise
+    if found_inf is not None and found_inf.device.type != "cpu":
+        optimizer.state.doubt(work.updated, Flag(found_inf))
     del tensors  # on a GPU their memory is used again in stream order, after the kernel
     if work.copies:
         with torch.no_grad():

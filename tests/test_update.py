@@ -141,3 +141,42 @@ def test_quick_look_tells_addresses_and_kinds() -> None:
     assert ops.plain_rows([(p, 0, 6, 0)], ["adamw"], 0) is None  # not on CUDA device 0
     with pytest.raises(ValueError, match="hypers 1"):
         ops.plain_rows([(p, 0, 6, 1)], ["adamw"], -1)
+
+
+class Known:
+    """A flag as one that came from a GPU: known late, or at once."""
+
+    def __init__(self, value: bool, known: bool) -> None:
+        self.value, self.is_known, self.waited = value, known, False
+
+    def known(self) -> bool:
+        return self.is_known
+
+    def raised(self) -> bool:
+        self.waited = True
+        return self.value
+
+
+def test_visits_of_skipped_steps_are_taken_back_when_the_flag_is_known() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with hift_ext.AdamW(model, lr=1e-2) as optimizer:
+        for _ in range(2):
+            model(torch.randn(2, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        entries, state = optimizer._entries, optimizer.state
+        late, skipped, counted = Known(True, False), Known(True, True), Known(False, True)
+        for group, flag in ((0, late), (1, skipped), (1, counted)):
+            for entry in entries[group]:
+                entry.visits += 1
+            state.doubt(entries[group], flag)
+        # The step of group 0 must know; of others it asks only what has come.
+        late.is_known = False
+        state.settle(1)
+        assert [e.visits for e in entries[1]] == [2, 2]
+        assert (late.waited, skipped.waited, counted.waited) == (False, True, True)
+        assert [e.visits for e in entries[0]] == [2, 2]
+        step = state[model[0].weight]["step"]
+        assert late.waited
+        assert step == 1
+        assert [e.visits for e in entries[0]] == [1, 1]

@@ -84,7 +84,9 @@ def without(source: str, line: int) -> str:
     taken = "".join(lines[line : end + 1])
     keep = re.match(r"\s*", lines[line])
     assert keep is not None
-    lines[line] = f"{keep[0]};" + "\n" * taken.count("\n")
+    value = re.match(r"\s*const double (\w+) = ", lines[line])
+    rest = f"const double {value[1]} = 0;" if value else ";"
+    lines[line] = f"{keep[0]}{rest}" + "\n" * taken.count("\n")
     for gone in range(line + 1, end + 1):
         lines[gone] = ""
     return "".join(lines)

@@ -38,6 +38,25 @@ void run(const Setting& setting, unsigned seed, int steps = kSteps) {
   check_clean(before, where);
 }
 
+/// The training ends in mid-air: pages are on their way in and out when the engine goes.
+void stop(const Setting& setting, unsigned seed) {
+  begin(schedule_of(seed));
+  const Stats before = stats();
+  {
+    Training training(setting);
+    for (int s = 0; s < 4; ++s) training.step(s);
+  }
+  check_clean(before, hift::text("stopped, seed ", seed, ", store ", setting.store, ", pages of ",
+                                 setting.page_bytes, ", staging ", setting.staging));
+}
+
+TEST(ends_at_any_time) {
+  for (const std::string store : {"ram", "disk"}) {
+    const std::vector<Setting> all = settings(store);
+    for (int i = 0; i < (schedules + 4) / 5; ++i) stop(all[i % all.size()], first_seed + i);
+  }
+}
+
 TEST(ram) {
   const std::vector<Setting> all = settings("ram");
   for (int i = 0; i < schedules; ++i) run(all[i % all.size()], first_seed + i);
