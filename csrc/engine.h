@@ -66,8 +66,9 @@ class Engine {
   /// Where the ring holds the whole group, every page is brought in before the first weight
   /// changes, so that a failed read changes nothing; where it does not, the error says how many
   /// pages were already updated.
-  /// On a GPU all of it is queued behind the work on `stream` (a CUDA stream handle), and scalars
-  /// and tensors must stay until that is done.
+  /// On a GPU all of it is queued behind the work on `stream` (a CUDA stream handle; one that is
+  /// new to the engine comes after the last one, by the caller's care as everywhere in CUDA), and
+  /// scalars and tensors must stay until that is done.
   StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling,
                   int threads, int next, void* stream = nullptr);
 

@@ -97,7 +97,8 @@ class Build:
 
     def __init__(self, folder: Path, csrc: Path, sanitize: str) -> None:
         self.folder = folder
-        command = ["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DCSRC={csrc}"]
+        tests = csrc.parent / "tests" / HERE.name
+        command = ["cmake", "-S", str(tests), "-B", str(folder), "-G", "Ninja", f"-DCSRC={csrc}"]
         subprocess.run([*command, f"-DSANITIZE={sanitize}"], check=True, stdout=subprocess.DEVNULL)
         self.make()
 
@@ -151,12 +152,14 @@ def main() -> int:
     """Removes every edge in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table here")
-    parser.add_argument("--only", help="part of a file's name, or of a statement")
+    parser.add_argument("--only", help="a pattern in a file's name or a statement")
     options = parser.parse_args()
-    found = [s for s in sites() if not options.only or options.only in s.file + s.text]
+    found = [s for s in sites() if not options.only or re.search(options.only, s.file + s.text)]
     with tempfile.TemporaryDirectory() as temporary:
         csrc = Path(temporary, "csrc")
         shutil.copytree(CSRC, csrc)
+        for folder in (HERE, HERE.parent / "cpp"):  # the tree may change meanwhile
+            shutil.copytree(folder, Path(temporary, "tests", folder.name))
         builds = {how: Build(Path(temporary, f"build-{how}"), csrc, how) for how in ("", "thread")}
         for name, how, program, arguments in TESTS:
             if builds[how].fails(program, arguments):
