@@ -207,6 +207,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
         `wait_ms` is the time the step stood still for pages, `transfer_ms` the time in which copies
         ran since the step before, `hidden_ms` what of it cost nothing; `update_ms` the arithmetic.
+        A GPU's times come late: they are of what was finished when the step was queued.
         """
         report, engine = self._report, self.state.engine
         return {

@@ -107,7 +107,7 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._unsettled.append((flag, entries))
 
     def settle(self, group: int | None = None) -> None:
-        """Takes back visits that were none: of one group, and what is known of others; or of all."""
+        """Takes back visits that were none: of one group and what is known of others, or of all."""
         if not self._unsettled:
             return
         doubts, self._unsettled = self._unsettled, []
