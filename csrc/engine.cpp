@@ -87,7 +87,6 @@ void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
     table.add_group(end);
   }
   // The pager and the ring go, and what they hold with them.
-  compute_->wait();
   if (pager_ != nullptr) pager_->flush();
   store_->grow(table);
   // The pager and the mover refer to the table: they go before it changes and are made anew after.

@@ -26,7 +26,8 @@ class Compute {
   /// Whether work on pages in host memory has compute memory of its own to be done in.
   virtual bool has_own_memory() const = 0;
 
-  /// A mover between `store` and a ring of `slots` slots in compute memory.
+  /// A mover between `store` and a ring of `slots` slots in compute memory. Nothing may be under
+  /// way: the ring before goes.
   virtual std::unique_ptr<Mover> make_mover(Store& store, const PageTable& table, int slots,
                                             std::int64_t slot_bytes, int readers, int writers) = 0;
 

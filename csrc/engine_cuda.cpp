@@ -46,8 +46,6 @@ class CudaCompute final : public Compute {
 
   std::unique_ptr<Mover> make_mover(Store& store, const PageTable& table, int slots,
                                     std::int64_t slot_bytes, int readers, int writers) override {
-    // The ring that this one replaces may still be used.
-    wait();
     const auto memory = static_cast<std::byte*>(allocate_(slots * slot_bytes));
     const cuda::RingMemory ring{memory, slots, slot_bytes, device_};
     if (auto* ram = dynamic_cast<RamStore*>(&store)) {

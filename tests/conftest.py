@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ import hypothesis
 import pytest
 import torch
 
-from hift_ext import ops
+from hift_ext import __version__, ops
 
 # Every run tries the same; `--hypothesis-profile=wide` looks further, and elsewhere each time.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, max_examples=20)
@@ -151,6 +153,29 @@ def isa(request):
     assert ops.build_info()["isa"] == request.param
     yield request.param
     _hift_ext.use_instruction_set(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_sim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of tests/cuda_sim, and `_hift_ext` on the simulated CUDA runtime."""
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("cuda_sim")
+    settings = {
+        "CUDA_HEADERS": cuda_include(),
+        "HIFT_VERSION": __version__,
+        "PYTHON_MODULE": "ON",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_CXX_FLAGS": "-Werror",
+    }
+    source = Path(__file__).resolve().parent / "cuda_sim"
+    configure = ["cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder
 
 
 @pytest.fixture(autouse=True)

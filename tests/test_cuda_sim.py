@@ -10,11 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
-from conftest import cuda_include
-
-from hift_ext import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 SIM = ROOT / "tests" / "cuda_sim"
@@ -37,45 +33,26 @@ def run(command: list[str], **environ: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' programs and the Python module, compiled as a host compiler compiles."""
-    folder = tmp_path_factory.mktemp("cuda_sim")
-    run(
-        [
-            *("cmake", "-S", str(SIM), "-B", str(folder), "-G", "Ninja"),
-            f"-DCUDA_HEADERS={cuda_include()}",
-            f"-DHIFT_VERSION={__version__}",
-            "-DPYTHON_MODULE=ON",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            "-DCMAKE_CXX_FLAGS=-Werror",
-        ]
-    )
-    run(["cmake", "--build", str(folder)])
-    return folder
+def test_the_simulated_runtime_sees_misuse(cuda_sim: Path) -> None:
+    run([str(cuda_sim / "test_sim")])
 
 
-def test_the_simulated_runtime_sees_misuse(build: Path) -> None:
-    run([str(build / "test_sim")])
+def test_the_mover_keeps_its_promises(cuda_sim: Path) -> None:
+    run([str(cuda_sim / "test_mover")])
 
 
-def test_the_mover_keeps_its_promises(build: Path) -> None:
-    run([str(build / "test_mover")])
+def test_a_thousand_schedules_give_the_bits_of_the_host(cuda_sim: Path) -> None:
+    run([str(cuda_sim / "test_schedules"), "1000"])
 
 
-def test_a_thousand_schedules_give_the_bits_of_the_host(build: Path) -> None:
-    run([str(build / "test_schedules"), "1000"])
-
-
-def test_no_failing_call_loses_a_page(build: Path) -> None:
-    printed = run([str(build / "test_faults"), "11"])
+def test_no_failing_call_loses_a_page(cuda_sim: Path) -> None:
+    printed = run([str(cuda_sim / "test_faults"), "11"])
     failed = [int(n) for n in re.findall(r"(\d+) calls failed", printed)]
     assert len(failed) == 14
     assert sum(failed) > 1000
 
 
-def test_the_optimizer_end_to_end(build: Path) -> None:
-    path = f"{build}{os.pathsep}{ROOT}"
+def test_the_optimizer_end_to_end(cuda_sim: Path) -> None:
+    path = f"{cuda_sim}{os.pathsep}{ROOT}"
     printed = run([sys.executable, str(SIM / "optimizer.py")], PYTHONPATH=path)
     assert re.search(r"^\d+ trainings on the simulated device$", printed, re.M)

@@ -34,32 +34,28 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first dry run builds its module."""
-    return tmp_path_factory.mktemp("sim")
-
-
-@pytest.fixture(scope="module")
-def dry(sim: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, bytes]:
+def dry(
+    cuda_sim: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str, bytes]:
     """The JSON, the output and the picture of a whole dry run."""
     folder = tmp_path_factory.mktemp("dry")
     found, picture = folder / "found.json", folder / "picture.png"
-    flags = ["--dry-run", f"--sim-module={sim}", f"--json={found}", f"--plot={picture}"]
+    flags = ["--dry-run", f"--sim-module={cuda_sim}", f"--json={found}", f"--plot={picture}"]
     done = run([sys.executable, str(BENCHMARKS / "gpu_check.py"), *flags])
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(found.read_text()), done.stdout, picture.read_bytes()
 
 
-def faulty(sim: Path, folder: Path, fault: str, *sections: str) -> tuple[int, dict[str, Any]]:
+def faulty(cuda_sim: Path, folder: Path, fault: str, *sections: str) -> tuple[int, dict[str, Any]]:
     """A dry run of `sections` in a process where the statements `fault` were run first."""
     found = folder / "found.json"
-    arguments = ["--dry-run", f"--sim-module={sim}", f"--json={found}", "--only", *sections]
+    arguments = ["--dry-run", f"--sim-module={cuda_sim}", f"--json={found}", "--only", *sections]
     # Children are forks: what is changed here is changed there.
     program = f"""
 import sys, gpu_check
 from gpu import module, runner
 from pathlib import Path
-module.get_simulated(Path({str(sim)!r}), 600)
+module.get_simulated(Path({str(cuda_sim)!r}), 600)
 {fault}
 sys.exit(gpu_check.main({arguments!r}))
 """
@@ -109,7 +105,7 @@ def test_a_dry_run_measures_nothing(dry: tuple[dict[str, Any], str, bytes]) -> N
 @needs_headers
 @pytest.mark.parametrize("what", ["param", "state 1"])
 def test_a_wrong_bit_and_an_update_that_should_not_be_fail(
-    sim: Path, tmp_path: Path, dry: object, what: str
+    cuda_sim: Path, tmp_path: Path, dry: object, what: str
 ) -> None:
     index = {"param": 0, "state 1": 3}[what]
     fault = f"""
@@ -125,7 +121,7 @@ def wrong(device, rows, scalars):
         run_kernel(device, rows, {{}})
 bits.run_kernel = wrong
 """
-    status, sections = faulty(sim, tmp_path, fault, "build", "bits")
+    status, sections = faulty(cuda_sim, tmp_path, fault, "build", "bits")
     assert status == 1
     assert sections["build"]["status"] == "ok"
     assert sections["bits"]["status"] == "failed"
@@ -137,7 +133,7 @@ bits.run_kernel = wrong
 
 
 @needs_headers
-def test_lost_state_fails(sim: Path, tmp_path: Path, dry: object) -> None:
+def test_lost_state_fails(cuda_sim: Path, tmp_path: Path, dry: object) -> None:
     fault = """
 import hift_ext.paged_state as paged
 write = paged.PagedState.write
@@ -150,14 +146,16 @@ def wrong(device, training, where, place):
     return train(device, training, where, place)
 engine.train = wrong
 """
-    status, sections = faulty(sim, tmp_path, fault, "engine")
+    status, sections = faulty(cuda_sim, tmp_path, fault, "engine")
     assert status == 1
     failed = [row["name"] for row in sections["engine"]["rows"] if row["status"] == "failed"]
     assert failed == ["disk, ring of two pages", "disk, ring of the whole group"]
 
 
 @needs_headers
-def test_a_crash_and_a_hang_are_their_sections_own(sim: Path, tmp_path: Path, dry: object) -> None:
+def test_a_crash_and_a_hang_are_their_sections_own(
+    cuda_sim: Path, tmp_path: Path, dry: object
+) -> None:
     fault = """
 import os, signal, time
 from gpu import bits, bus, build
@@ -173,7 +171,7 @@ def nan(device, budget):
     yield Row("third", {}, {"x_ms": float("nan")})
 bits.run, bus.run, build.run = crash, hang, nan
 """
-    status, sections = faulty(sim, tmp_path, fault, "build", "bits", "bus", "kernels")
+    status, sections = faulty(cuda_sim, tmp_path, fault, "build", "bits", "bus", "kernels")
     assert status == 1
     assert sections["bits"]["failed"] == "its process ended by SIGSEGV"
     assert [row["name"] for row in sections["bits"]["rows"]] == ["first"]
@@ -185,13 +183,13 @@ bits.run, bus.run, build.run = crash, hang, nan
 
 
 @needs_headers
-def test_a_model_that_does_not_fit_fails(sim: Path, tmp_path: Path, dry: object) -> None:
+def test_a_model_that_does_not_fit_fails(cuda_sim: Path, tmp_path: Path, dry: object) -> None:
     fault = """
 from dataclasses import replace
 from gpu import llama
 llama.PLANS[0] = replace(llama.PLANS[0], dry_bytes=400_000)
 """
-    status, sections = faulty(sim, tmp_path, fault, "llama")
+    status, sections = faulty(cuda_sim, tmp_path, fault, "llama")
     first, *others = sections["llama"]["rows"]
     assert "OutOfMemoryError" in first["failed"]
     assert (status, [row["status"] for row in others]) == (1, ["ok", "ok"])

@@ -25,8 +25,10 @@ using hift::Update;
 
 inline const std::vector<std::vector<std::int64_t>> kGroups = {
     {700, 33, 0, 1500}, {2600}, {257, 256}};
-inline constexpr int kSteps = 9;       // three passes
-inline constexpr int kSkipped = 4;     // this step finds an overflow and changes nothing
+inline constexpr int kSteps = 9;    // three passes
+inline constexpr int kSkipped = 4;  // this step finds an overflow and changes nothing
+inline constexpr int kAdded = 2;    // before this step its group joins
+inline constexpr float kGarbage = -1e30f;
 inline constexpr int kLoaded = 5;      // before this step some state is written from outside
 inline constexpr float kFill = 0.25f;  // of the second stream
 
@@ -203,11 +205,14 @@ class Training {
     options.staging = setting.staging;
     engine_ = std::make_unique<Engine>(
         streams(), options, hift::make_cuda_compute(setting.device, [this](std::int64_t bytes) {
-          ring_.clear();
+          // torch gives what is freed to the next tensor, behind the work on its stream.
+          if (!ring_.empty()) {
+            fill(ring_.back(), std::vector<float>(ring_.back().bytes() / sizeof(float), kGarbage));
+          }
           ring_.emplace_back(static_cast<std::size_t>(bytes), setting_.device);
           return ring_.back().data();
         }));
-    engine_->add_groups(kGroups);
+    engine_->add_groups({kGroups[0], kGroups[1]});
   }
 
   ~Training() {
@@ -219,6 +224,10 @@ class Training {
 
   void step(int s) {
     const Data& data = Data::get();
+    if (s == kAdded && !added_) {
+      engine_->add_groups({kGroups[2]});
+      added_ = true;
+    }
     if (s == kLoaded && !loaded_) {
       engine_->write(0, 3, 0, 0, kGroups[0][3],
                      reinterpret_cast<const std::byte*>(data.loaded.data()));
@@ -241,11 +250,13 @@ class Training {
       set_hyper(u, s);
       updates.push_back(u);
     }
-    engine_->step(s % 3, updates, {nullptr, nullptr, overflow_.front().data()}, 1, (s + 1) % 3,
-                  stream_);
+    const int next = added_ || (s + 1) % 3 != 2 ? (s + 1) % 3 : -1;
+    engine_->step(s % 3, updates, {nullptr, nullptr, overflow_.front().data()}, 1, next, stream_);
   }
 
   Outcome outcome() {
+    if (!added_) engine_->add_groups({kGroups[2]});
+    added_ = true;
     Outcome outcome = read_all(*engine_);
     fail_call(-1);  // what follows is the test's own
     const hift::cuda::DeviceGuard guard(setting_.device);
@@ -289,7 +300,7 @@ class Training {
   std::vector<DeviceBuffer> overflow_, ring_;
   std::unique_ptr<Engine> engine_;
   int computed_ = -1;
-  bool loaded_ = false;
+  bool loaded_ = false, added_ = false;
 };
 
 /// Settings that differ in where pages are and how they are cut. A page of 4096 bytes is smaller
