@@ -35,7 +35,8 @@ void run(const Setting& setting, unsigned seed, int steps = kSteps) {
     for (int s = 0; s < steps; ++s) training.step(s);
     // What was flushed is read from the store without another wait.
     if (seed % 2 == 1) training.engine().flush();
-    CHECK(training.outcome() == expected(steps), where, ": other bits than on the host");
+    CHECK(training.outcome(seed % 3 == 0) == expected(steps), where,
+          ": other bits than on the host");
   }
   check_clean(before, where);
 }
