@@ -96,24 +96,20 @@ void DeviceRing::copy_out(int slot, const std::vector<Part>& parts) {
   const DeviceGuard guard(device_);
   const std::lock_guard<std::mutex> lock(mutex_);
   Slot& s = slots_[slot];
-  try {
-    // The kernels that change the slot are still under way.
-    s.used.record(s.stream);
-    s.used.hold(out_.get());
-    copies_.time(out_.get(), [&] {
-      for (const Part& p : parts) {
-        check(cudaMemcpyAsync(p.host, address(slot) + p.offset, static_cast<std::size_t>(p.bytes),
-                              cudaMemcpyDeviceToHost, out_.get()),
-              "cudaMemcpyAsync", p.bytes, " bytes to the host");
-      }
-    });
-    // Who refills or changes the slot, or fetches the page, waits for this.
-    s.left.record(out_.get());
-  } catch (...) {
-    // The caller copies the same bytes once more.
-    give_up(out_.get());
-    throw;
-  }
+  // The kernels that change the slot are still under way.
+  s.used.record(s.stream);
+  s.used.hold(out_.get());
+  // Where CUDA refuses a part, those before it still go: the caller keeps the slot as it is until
+  // all have gone again, behind them on the same stream.
+  copies_.time(out_.get(), [&] {
+    for (const Part& p : parts) {
+      check(cudaMemcpyAsync(p.host, address(slot) + p.offset, static_cast<std::size_t>(p.bytes),
+                            cudaMemcpyDeviceToHost, out_.get()),
+            "cudaMemcpyAsync", p.bytes, " bytes to the host");
+    }
+  });
+  // Who refills or changes the slot, or fetches the page, waits for this.
+  s.left.record(out_.get());
   s.in_use = false;
 }
 

@@ -120,7 +120,7 @@ class Build:
             done = subprocess.run(
                 [*fixed, str(self.folder / program), *arguments],
                 capture_output=True,
-                timeout=180,
+                timeout=900,
                 env=environment,
                 check=False,
             )

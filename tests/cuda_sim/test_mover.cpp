@@ -240,6 +240,27 @@ TEST(bytes_of_any_length_pass_the_bounce_buffer) {
   });
 }
 
+TEST(a_fetch_that_fails_midway_has_nothing_under_way) {
+  const hift::Stream pattern{4, 0x3f800000u};
+  for (std::int64_t call = 0; call < 25; ++call) {
+    under_schedules([&](Rig& rig) {
+      rig.mover->fetch(rig.table.page(2), 1);  // the group is registered
+      fail_call(call);
+      try {
+        rig.mover->fetch(rig.table.page(1), 0);
+      } catch (const std::runtime_error&) {
+      }
+      fail_call(-1);
+      // The slot is given to a page that nothing has touched.
+      rig.mover->await(0, rig.streams[0]);
+      rig.mover->fill(0, 0, kElements, pattern, rig.streams[0]);
+      rig.keep(0);
+      rig.mover->drain();
+      return rig.kept(1);
+    });
+  }
+}
+
 TEST(a_drained_mover_has_nothing_under_way) {
   under_schedules([](Rig& rig) {
     rig.mover->await(0, rig.streams[0]);
