@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -56,3 +57,25 @@ def test_the_optimizer_end_to_end(cuda_sim: Path) -> None:
     path = f"{cuda_sim}{os.pathsep}{ROOT}"
     printed = run([sys.executable, str(SIM / "optimizer.py")], PYTHONPATH=path)
     assert re.search(r"^\d+ trainings on the simulated device$", printed, re.M)
+
+
+def test_the_table_of_edges_is_of_this_source() -> None:
+    """What was proven by taking out each wait is proven for the waits that are there now."""
+    spec = importlib.util.spec_from_file_location("mutate", SIM / "mutate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    mutate = importlib.util.module_from_spec(spec)
+    sys.modules["mutate"] = mutate  # dataclasses look their module up
+    spec.loader.exec_module(mutate)
+    rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in (ROOT / "docs" / "edges.md").read_text().splitlines()
+        if line.startswith("| `") or re.match(r"\| (cuda/|engine)", line)
+    ]
+    listed = [(where.split(":")[0], statement.strip("`")) for where, statement, _, _ in rows]
+    assert listed == [(site.file, site.text) for site in mutate.sites()]
+    for where, statement, reason, caught in rows:
+        assert reason, f"{where}: {statement} stands without a reason"
+        excused = caught == f"nothing: {mutate.EXCUSED.get(statement.strip('`'))}"
+        names = {name for name, *_ in mutate.TESTS}
+        assert excused or set(caught.split(", ")) <= names, f"{where}: {caught}"

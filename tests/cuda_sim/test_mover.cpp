@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The mover's promises one by one, without an engine that happens to keep its own order. The work
 // that uses a slot is queued by the test; every case runs under many schedules.
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "cuda/mover.h"
-#include "paging/file_store.h"
 #include "sim.h"
 
 namespace {
@@ -267,6 +268,40 @@ TEST(a_drained_mover_has_nothing_under_way) {
     rig.write(0, 9);
     rig.mover->write_back(rig.table.page(0), 0, rig.streams[0]);
     rig.mover->drain();
+    return Rig::all(rig.host(0), 9);
+  });
+}
+
+/// A file that takes its time.
+class SlowStore final : public hift::Store {
+ public:
+  explicit SlowStore(RamStore& store) : store_(store) {}
+  void grow(const PageTable&) override {}
+  std::byte* address(const PageTable&, const Page&, int) override { return nullptr; }
+  void read(const PageTable& table, const Page& page, std::byte* record) override {
+    store_.read(table, page, record);
+  }
+  void write(const PageTable& table, const Page& page, const std::byte* record) override {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    store_.write(table, page, record);
+  }
+  std::int64_t bytes() const override { return 0; }
+  std::string description() const override { return "slow"; }
+
+ private:
+  RamStore& store_;
+};
+
+TEST(a_drained_mover_has_written_its_file) {
+  under_schedules([](Rig& rig) {
+    SlowStore slow(rig.store);
+    const hift::cuda::RingMemory memory{static_cast<std::byte*>(rig.ring), kSlots, kElements * 4,
+                                        kDevice};
+    hift::cuda::FileMover mover(slow, rig.table, memory, 1, 1);
+    mover.await(0, rig.streams[0]);
+    rig.write(0, 9);
+    mover.write_back(rig.table.page(0), 0, rig.streams[0]);
+    mover.drain();
     return Rig::all(rig.host(0), 9);
   });
 }
