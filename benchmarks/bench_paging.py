@@ -280,8 +280,8 @@ def timeline(panel: Any, lines: Sequence[tuple[str, list[Step]]]) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("ms since the turn began")
     panel.set_title(
-        "six steps: forward, backward, update (blue), waiting (red); below, in green: copies under "
-        "way,\nas long as the pager reports them, from the end of the step before",
+        "a turn's first steps: forward, backward, update (blue), waiting (red); below, in green:\n"
+        "copies under way, as long as the pager reports them, from the end of the step before",
         fontsize=9,
     )
     panel.spines[["top", "right"]].set_visible(False)
