@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bind_tensors.h"
@@ -19,6 +20,7 @@ namespace py = pybind11;
 namespace {
 
 using hift::DType;
+using hift::integer;
 using hift::Scaling;
 using hift::Span;
 using hift::Update;
@@ -42,12 +44,6 @@ void unpack(T& to, std::int64_t kind) {
   to.rule = static_cast<std::int32_t>(kind & 0xff);
   to.param_dtype = dtype_of(kind >> 8 & 0xf);
   to.grad_dtype = dtype_of(kind >> 12);
-}
-
-std::int64_t integer(PyObject* tuple, Py_ssize_t at) {
-  const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at));
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
 }
 
 /// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the

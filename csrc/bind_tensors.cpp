@@ -3,7 +3,6 @@
 // tensor library is needed.
 #include "bind_tensors.h"
 
-#include <cstdint>
 #include <vector>
 
 #include "core/check.h"
@@ -81,14 +80,13 @@ bool flatten(const DlTensor& t, int device, Flat* flat) {
   return in_a_row || count == 0;
 }
 
-/// A borrowed item of a tuple as an integer.
+}  // namespace
+
 std::int64_t integer(PyObject* tuple, Py_ssize_t at) {
   const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, at));
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
-
-}  // namespace
 
 py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const py::list& wanted,
                       const py::list& rules, int device) {

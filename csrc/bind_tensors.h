@@ -5,7 +5,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace hift {
+
+/// Item `at` of a tuple as an integer. Throws Python's own error where it is none.
+std::int64_t integer(PyObject* tuple, Py_ssize_t at);
 
 /// The rows of a step, as `Engine.step` takes them, or None if any tensor needs a closer look.
 ///

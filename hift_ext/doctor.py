@@ -20,6 +20,7 @@ from rich.table import Table
 
 from hift_ext import ops
 from hift_ext._version import __version__
+from hift_ext.backend import cuda_missing
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _EXTRAS = {
@@ -79,9 +80,10 @@ def examine() -> dict[str, Any]:
 
 
 def backend() -> str:
-    """What updates parameters here: "cuda" where this build, torch and a GPU allow it, or "cpu"."""
-    usable = torch.cuda.is_available() and ops.build_info()["cuda_built"]
-    return "cuda" if usable and ops.cuda_info()["devices"] > 0 else "cpu"
+    """What updates parameters here: "cuda", "triton" where its kernels are missing, or "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "triton" if cuda_missing() else "cuda"
 
 
 def _gpus() -> list[dict[str, Any]]:

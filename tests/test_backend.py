@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from hift_ext import backend, ops
+from hift_ext import backend, doctor, ops
 
 STREAMS = [ops.StreamSpec("exp_avg"), ops.StreamSpec("exp_avg_sq")]
 CUDA = torch.device("cuda", 0)
@@ -90,3 +90,13 @@ def test_triton_pages_nothing(machine) -> None:
     machine()
     with pytest.raises(RuntimeError, match=re.escape("store='ram' is not offered with Triton")):
         make(CUDA, backend="triton", store="ram")
+
+
+def test_doctor_names_who_would_update(machine, monkeypatch) -> None:
+    machine(built=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.backend() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.backend() == "triton"
+    machine()
+    assert doctor.backend() == "cuda"
