@@ -180,3 +180,13 @@ def test_visits_of_skipped_steps_are_taken_back_when_the_flag_is_known() -> None
         assert late.waited
         assert step == 1
         assert [e.visits for e in entries[0]] == [1, 1]
+
+
+@pytest.mark.needs("exchange", "grad_dtype")
+def test_quick_look_tells_a_gradient_of_another_type() -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    p.grad = torch.ones(4)
+    rows = ops.plain_rows([(p, 0, 4, 0)], ["adamw"], -1)
+    assert rows is not None
+    assert rows[0][3] == ops.kind("adamw", torch.bfloat16, torch.float32)
