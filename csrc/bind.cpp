@@ -9,6 +9,8 @@
 
 #include "bind_tensors.h"
 #include "core/check.h"
+#include "core/precision.h"
+#include "cpu/codes.h"
 #include "cpu/step.h"
 #include "engine.h"
 #if HIFT_CUDA
@@ -38,24 +40,30 @@ DType dtype_of(long code) {
   return static_cast<DType>(code);
 }
 
-/// `kind` packs a rule's number and two dtype codes: rule | parameter << 8 | gradient << 12.
+/// `kind` packs a rule's number, two dtype codes and how weights are kept: rule | parameter << 8 |
+/// gradient << 12 | weights << 16.
 template <class T>
 void unpack(T& to, std::int64_t kind) {
   to.rule = static_cast<std::int32_t>(kind & 0xff);
   to.param_dtype = dtype_of(kind >> 8 & 0xf);
-  to.grad_dtype = dtype_of(kind >> 12);
+  to.grad_dtype = dtype_of(kind >> 12 & 0xf);
+  to.weights = static_cast<hift::Weights>(kind >> 16);
 }
 
 /// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the
-/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
-std::vector<Update> updates_of(const py::list& rows,
-                               const std::vector<std::vector<float>>& hypers) {
+/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order. A row's
+/// key, if there are keys, is that of its random numbers.
+std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vector<float>>& hypers,
+                               const std::vector<std::uint64_t>& keys) {
+  hift::check_argument(keys.empty() || keys.size() == rows.size(), keys.size(), " keys for ",
+                       rows.size(), " rows");
   std::vector<Update> updates(rows.size());
   for (std::size_t i = 0; i < updates.size(); ++i) {
     PyObject* row = PyList_GET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i));
     hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5,
                          "an update is a tuple of five integers");
     Update& u = updates[i];
+    if (!keys.empty()) u.key = keys[i];
     u.item = integer(row, 0);
     u.param = reinterpret_cast<void*>(integer(row, 1));
     u.grad = reinterpret_cast<const void*>(integer(row, 2));
@@ -73,12 +81,13 @@ std::vector<Update> updates_of(const py::list& rows,
 }
 
 /// Rows (parameter address, gradient address, count, kind, (state address, ...), (gradient factor,
-/// hyper, ...)).
+/// hyper, ...)), and where numbers are kept in another way (state type, (scale address, ...),
+/// master address, stochastic state, key, first element).
 std::vector<Span> spans_of(const py::list& rows) {
   std::vector<Span> spans;
   for (const py::handle& row : rows) {
     const auto t = py::cast<py::tuple>(row);
-    hift::check_argument(t.size() == 6, "a span is a tuple of six");
+    hift::check_argument(t.size() == 6 || t.size() == 7, "a span is a tuple of six or seven");
     Span s;
     s.param = reinterpret_cast<void*>(t[0].cast<std::int64_t>());
     s.grad = reinterpret_cast<const void*>(t[1].cast<std::int64_t>());
@@ -91,10 +100,23 @@ std::vector<Span> spans_of(const py::list& rows) {
                          " takes ", rule.states, " state streams, not ", states.size());
     hift::check_argument(static_cast<int>(hyper.size()) == rule.hypers + 1, "rule ", rule.name,
                          " takes 1 + ", rule.hypers, " numbers, not ", hyper.size());
-    for (std::size_t i = 0; i < states.size(); ++i)
-      s.state[i] = reinterpret_cast<float*>(states[i]);
+    for (std::size_t i = 0; i < states.size(); ++i) s.state[i] = reinterpret_cast<void*>(states[i]);
     s.grad_factor = hyper[0];
     std::copy(hyper.begin() + 1, hyper.end(), s.hyper);
+    if (t.size() == 7) {
+      const auto kept = t[6].cast<py::tuple>();
+      hift::check_argument(kept.size() == 6, "how a span is kept is a tuple of six");
+      s.state_type = static_cast<hift::StateType>(kept[0].cast<int>());
+      const auto scales = kept[1].cast<std::vector<std::int64_t>>();
+      hift::check_argument(scales.empty() || scales.size() == states.size(), scales.size(),
+                           " scales for ", states.size(), " state streams");
+      for (std::size_t i = 0; i < scales.size(); ++i)
+        s.scale[i] = reinterpret_cast<float*>(scales[i]);
+      s.master = reinterpret_cast<void*>(kept[2].cast<std::int64_t>());
+      s.stochastic_state = kept[3].cast<bool>();
+      s.key = kept[4].cast<std::uint64_t>();
+      s.first = kept[5].cast<std::int64_t>();
+    }
     spans.push_back(s);
   }
   return spans;
@@ -150,34 +172,38 @@ std::unique_ptr<hift::Compute> compute(int device, const py::object& allocate) {
 void bind_engine(py::module_& m) {
   using hift::Engine;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init([](const std::vector<std::pair<std::int64_t, float>>& streams,
-                       const std::string& store, std::int64_t page_bytes, std::int64_t staging,
-                       int readers, int writers, int device, const py::object& allocate) {
-             std::vector<hift::Stream> all;
-             for (const auto& [element_bytes, fill] : streams) {
-               std::uint32_t bits;
-               std::memcpy(&bits, &fill, sizeof bits);
-               all.push_back({element_bytes, bits});
-             }
-             const hift::EngineOptions options{store, page_bytes, staging, readers, writers};
-             return std::make_shared<Engine>(std::move(all), options, compute(device, allocate));
-           }),
-           py::arg("streams"), py::arg("store"), py::arg("page_bytes"), py::arg("staging"),
-           py::arg("readers"), py::arg("writers"), py::arg("device") = -1,
-           py::arg("allocate") = py::none())
+      .def(
+          py::init(
+              [](const std::vector<std::tuple<std::int64_t, std::uint32_t, std::int64_t>>& streams,
+                 int states, int state_type, bool master, const std::string& store,
+                 std::int64_t page_bytes, std::int64_t staging, int readers, int writers,
+                 int device, const py::object& allocate) {
+                std::vector<hift::Stream> all;
+                for (const auto& [value_bytes, fill, run] : streams) {
+                  all.push_back({value_bytes, fill, run});
+                }
+                const hift::EngineOptions options{store,   page_bytes,
+                                                  staging, readers,
+                                                  writers, static_cast<hift::StateType>(state_type),
+                                                  states,  master};
+                return std::make_shared<Engine>(std::move(all), options, compute(device, allocate));
+              }),
+          py::arg("streams"), py::arg("states"), py::arg("state_type"), py::arg("master"),
+          py::arg("store"), py::arg("page_bytes"), py::arg("staging"), py::arg("readers"),
+          py::arg("writers"), py::arg("device") = -1, py::arg("allocate") = py::none())
       .def("add_groups", &Engine::add_groups, py::call_guard<py::gil_scoped_release>())
       .def(
           "step",
           [](Engine& engine, int group, const py::list& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
-             std::int64_t clip, std::int64_t found_inf, int threads, int next,
-             std::int64_t stream) {
-            const std::vector<Update> updates = updates_of(rows, hypers);
+             std::int64_t clip, std::int64_t found_inf, int threads, int next, std::int64_t stream,
+             const std::vector<std::uint64_t>& keys, bool stochastic_state) {
+            const std::vector<Update> updates = updates_of(rows, hypers, keys);
             hift::StepReport report;
             {
               py::gil_scoped_release release;
               report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads,
-                                   next, reinterpret_cast<void*>(stream));
+                                   next, reinterpret_cast<void*>(stream), stochastic_state);
             }
             return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out,
                                   report.moved.wait_ms, report.moved.transfer_ms, report.update_ms,
@@ -185,7 +211,8 @@ void bind_engine(py::module_& m) {
           },
           py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
           py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"),
-          py::arg("stream") = 0)
+          py::arg("stream") = 0, py::arg("keys") = std::vector<std::uint64_t>(),
+          py::arg("stochastic_state") = false)
       .def(
           "read",
           [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,
@@ -211,8 +238,7 @@ void bind_engine(py::module_& m) {
                data = engine.address(group, item, stream, &owner);
              }
              if (data == nullptr) return py::none();
-             return py::cast(
-                 Bytes{std::move(owner), data, count * engine.streams()[stream].element_bytes});
+             return py::cast(Bytes{std::move(owner), data, engine.streams()[stream].bytes(count)});
            })
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
       .def("flush", &Engine::flush, py::call_guard<py::gil_scoped_release>())
@@ -241,7 +267,26 @@ PYBIND11_MODULE(_hift_ext, m) {
   });
 
   m.def("plain_rows", &hift::plain_rows, py::arg("exchange"), py::arg("types"), py::arg("wanted"),
-        py::arg("rules"), py::arg("device"));
+        py::arg("rules"), py::arg("ways"), py::arg("device"));
+  m.def("visit_key", &hift::generic::visit_key, py::arg("seed"), py::arg("param"),
+        py::arg("visit"));
+  m.def(
+      "decode",
+      [](std::int64_t codes, std::int64_t scales, std::int64_t count, bool is_signed,
+         std::int64_t to) {
+        hift::cpu::decode(reinterpret_cast<const std::uint8_t*>(codes),
+                          reinterpret_cast<const float*>(scales), count, is_signed,
+                          reinterpret_cast<float*>(to));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "encode",
+      [](std::int64_t from, std::int64_t count, bool is_signed, std::int64_t codes,
+         std::int64_t scales) {
+        hift::cpu::encode(reinterpret_cast<const float*>(from), count, is_signed,
+                          reinterpret_cast<std::uint8_t*>(codes), reinterpret_cast<float*>(scales));
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("cuda_info", &cuda_info);
   m.def("use_instruction_set", &hift::cpu::use_instruction_set, py::arg("name"));
@@ -249,7 +294,7 @@ PYBIND11_MODULE(_hift_ext, m) {
     py::dict rules;
     for (int i = 0; i < hift::cpu::rule_count(); ++i) {
       const hift::RuleEntry& rule = hift::cpu::rule(i);
-      rules[rule.name] = py::make_tuple(i, rule.states, rule.hypers);
+      rules[rule.name] = py::make_tuple(i, rule.states, rule.hypers, rule.non_negative);
     }
     return rules;
   });

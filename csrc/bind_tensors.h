@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 
 namespace hift {
@@ -17,8 +18,10 @@ std::int64_t integer(PyObject* tuple, Py_ssize_t at);
 /// `exchange` is the `__dlpack_c_exchange_api__` capsule of the `types`; tensors of any other type,
 /// a subclass too, need a closer look. `wanted` is a list of (parameter, item, elements, index of
 /// its hypers); parameters whose `grad` is None are left out. `rules[h]` is the rule's number for
-/// hypers h. `device` is a CUDA device's index, or -1 for the host. No tensor is kept.
+/// hypers h, `ways[d]` how weights of DType d are kept, -1 where they are not. `device` is a CUDA
+/// device's index, or -1 for the host. No tensor is kept.
 pybind11::object plain_rows(const pybind11::capsule& exchange, const pybind11::tuple& types,
-                            const pybind11::list& wanted, const pybind11::list& rules, int device);
+                            const pybind11::list& wanted, const pybind11::list& rules,
+                            const std::array<std::int64_t, 3>& ways, int device);
 
 }  // namespace hift

@@ -18,8 +18,11 @@ struct RuleEntry {
   const char* name;
   int states;
   int hypers;
+  int non_negative;  // states without a sign, a bit each; -1: state is not kept as 8-bit codes
   UpdateRange
       update[3][3];  // [parameter's DType][gradient's DType]; null where the pair is not offered
+  UpdateRange pairs[2];  // all bfloat16, rounded to nearest or at random
+  UpdateRange staged;    // every way of keeping numbers
 };
 
 namespace baseline {
