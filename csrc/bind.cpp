@@ -34,6 +34,9 @@ struct Bytes {
   std::int64_t size;
 };
 
+/// The key of a row's random numbers, and the elements of its parameter before the item's.
+using Draw = std::pair<std::uint64_t, std::int64_t>;
+
 DType dtype_of(long code) {
   hift::check_argument(code >= 0 && code < 3, "dtype code ", code,
                        " is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
@@ -51,11 +54,12 @@ void unpack(T& to, std::int64_t kind) {
 }
 
 /// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the
-/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order. A row's
-/// key, if there are keys, is that of its random numbers.
+/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
+/// `draws`, if there are any, holds each row's key of random numbers and its elements before the
+/// item's.
 std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vector<float>>& hypers,
-                               const std::vector<std::uint64_t>& keys) {
-  hift::check_argument(keys.empty() || keys.size() == rows.size(), keys.size(), " keys for ",
+                               const std::vector<Draw>& draws) {
+  hift::check_argument(draws.empty() || draws.size() == rows.size(), draws.size(), " draws for ",
                        rows.size(), " rows");
   std::vector<Update> updates(rows.size());
   for (std::size_t i = 0; i < updates.size(); ++i) {
@@ -63,7 +67,7 @@ std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vect
     hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5,
                          "an update is a tuple of five integers");
     Update& u = updates[i];
-    if (!keys.empty()) u.key = keys[i];
+    if (!draws.empty()) std::tie(u.key, u.shard) = draws[i];
     u.item = integer(row, 0);
     u.param = reinterpret_cast<void*>(integer(row, 1));
     u.grad = reinterpret_cast<const void*>(integer(row, 2));
@@ -82,7 +86,7 @@ std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vect
 
 /// Rows (parameter address, gradient address, count, kind, (state address, ...), (gradient factor,
 /// hyper, ...)), and where numbers are kept in another way (state type, (scale address, ...),
-/// master address, stochastic state, key, first element).
+/// master address, stochastic state, key, elements of the parameter before).
 std::vector<Span> spans_of(const py::list& rows) {
   std::vector<Span> spans;
   for (const py::handle& row : rows) {
@@ -115,7 +119,7 @@ std::vector<Span> spans_of(const py::list& rows) {
       s.master = reinterpret_cast<void*>(kept[2].cast<std::int64_t>());
       s.stochastic_state = kept[3].cast<bool>();
       s.key = kept[4].cast<std::uint64_t>();
-      s.first = kept[5].cast<std::int64_t>();
+      s.shard = kept[5].cast<std::int64_t>();
     }
     spans.push_back(s);
   }
@@ -197,8 +201,8 @@ void bind_engine(py::module_& m) {
           [](Engine& engine, int group, const py::list& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
              std::int64_t clip, std::int64_t found_inf, int threads, int next, std::int64_t stream,
-             const std::vector<std::uint64_t>& keys, bool stochastic_state) {
-            const std::vector<Update> updates = updates_of(rows, hypers, keys);
+             const std::vector<Draw>& draws, bool stochastic_state) {
+            const std::vector<Update> updates = updates_of(rows, hypers, draws);
             hift::StepReport report;
             {
               py::gil_scoped_release release;
@@ -211,7 +215,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
           py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"),
-          py::arg("stream") = 0, py::arg("keys") = std::vector<std::uint64_t>(),
+          py::arg("stream") = 0, py::arg("draws") = std::vector<Draw>(),
           py::arg("stochastic_state") = false)
       .def(
           "read",

@@ -49,7 +49,7 @@ bool continues(const Span& a, const Span& b) {
   if (a.weights != b.weights || a.key != b.key) return false;
   // Of the same parameter, or of one whose random numbers and blocks do not depend on that.
   const bool counted = a.key != 0 || a.state_type == StateType::kCode8;
-  if (counted && b.first != a.first + a.count) return false;
+  if (counted && (b.first != a.first + a.count || b.shard != a.shard)) return false;
   if (a.grad_factor != b.grad_factor || std::memcmp(a.hyper, b.hyper, sizeof a.hyper) != 0)
     return false;
   if (!follows(a.param, b.param, size_of(a.param_dtype)) ||
@@ -208,6 +208,7 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const
     s.stochastic_state = step.stochastic_state;
     s.key = u->key;
     s.first = begin - item.begin;
+    s.shard = u->shard;
     spans.push_back(s);
   }
   return spans;

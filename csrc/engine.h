@@ -39,7 +39,8 @@ struct EngineOptions {
 };
 
 /// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`;
-/// `key` is that of its random numbers.
+/// `key` is that of its random numbers, `shard` the number of elements before the item's where it
+/// is a part of a parameter.
 struct Update {
   std::int64_t item = 0;
   void* param = nullptr;
@@ -50,6 +51,7 @@ struct Update {
   Weights weights = Weights::kNearest;
   float grad_factor = 1.0f;
   std::uint64_t key = 0;
+  std::int64_t shard = 0;
   std::array<float, kMaxHyper> hyper{};  // the rule's Hyper, float by float
   int hypers = 0;                        // of them
 };

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from hift_ext import ops
+from hift_ext.precision import Precision
 
 
 def cuda_missing() -> str:
@@ -29,7 +30,11 @@ def cuda_missing() -> str:
 
 
 def _make_triton_engine(
-    streams: Sequence[ops.StreamSpec], device: torch.device, store: str, missing: str
+    streams: Sequence[ops.StreamSpec],
+    kept: Precision,
+    device: torch.device,
+    store: str,
+    missing: str,
 ) -> ops.StateEngine:
     if store not in ("auto", "device"):
         raise RuntimeError(
@@ -48,11 +53,12 @@ def _make_triton_engine(
             f"{missing}. Until then Triton updates the weights, and all state stays on {device}",
             stacklevel=2,
         )
-    return TritonEngine(streams, device)
+    return TritonEngine(streams, kept, device)
 
 
 def make_engine(
     streams: Sequence[ops.StreamSpec],
+    kept: Precision,
     device: torch.device,
     *,
     store: str,
@@ -76,11 +82,11 @@ def make_engine(
     if missing and backend == "cuda":
         raise RuntimeError(f"backend='cuda': {missing}")
     if backend == "triton" or missing:
-        return _make_triton_engine(streams, device, store, missing)
+        return _make_triton_engine(streams, kept, device, store, missing)
     if store == "device":
-        return ops.ResidentEngine(streams, device)
+        return ops.ResidentEngine(streams, kept, device)
     ring = ops.WHOLE_GROUP if staging == "auto" else int(staging)
     page = ops.PAGE_BYTES[device.type] if page_bytes == "auto" else int(page_bytes)
     if page_bytes == "auto" and ring > 0:
         page = min(page, ring // 2)
-    return ops.PagedEngine(streams, "ram" if store == "auto" else store, page, ring, device)
+    return ops.PagedEngine(streams, kept, "ram" if store == "auto" else store, page, ring, device)

@@ -21,6 +21,7 @@ from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, checked
 from hift_ext.paged_state import Entry, PagedState
+from hift_ext.precision import Precision
 from hift_ext.schedule import Schedule, make_order
 from hift_ext.update import quiet, update_group
 
@@ -46,6 +47,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
     # Set when the state is laid out, at the first step or load.
     _device: torch.device
     _device_index: int
+    _precision: Precision
     _stream_count: int
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
@@ -286,6 +288,16 @@ class HiFTOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state_dict, to be loaded here or into torch.optim.
+
+        State is in the type it is kept in (8-bit state as float32). Where weights have masters,
+        each parameter's entry holds them: `master` (float32), or `master_low` (int16), the lower
+        half of what the bfloat16 weight begins.
+        """
+        with self.state.masters():
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.

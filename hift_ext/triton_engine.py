@@ -7,13 +7,14 @@ Apart from ops.py, since it imports triton, which takes half a second.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from hift_ext import triton_step
-from hift_ext.ops import DTYPE_CODES, RULES, Hypers, Report, ResidentEngine, Row, Scalars
+from hift_ext.ops import DTYPE_CODES, RULES, Draw, Hypers, Report, ResidentEngine, Row, Scalars
 
-_RULES = {number: (name, states) for name, (number, states, _) in RULES.items()}
+_RULES = {number: (name, states) for name, (number, states, *_) in RULES.items()}
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -21,7 +22,13 @@ class TritonEngine(ResidentEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self,
+        group: int,
+        rows: list[Row],
+        hypers: Hypers,
+        scalars: Scalars,
+        following: int,
+        draws: Sequence[Draw] = (),
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
 

@@ -44,13 +44,17 @@ def update_group(
     params = [entry.param for entry in work.updated]
     scalars, tensors = _scalars(optimizer, params, found_inf)
     schedule, engine = optimizer._schedule, optimizer._engine()
+    draws: list[ops.Draw] = []
+    if optimizer._precision.stochastic:
+        seed = optimizer._options["seed"]
+        draws = [(ops.visit_key(seed, e.index, e.visits + 1), 0) for e in work.updated]
     # The kernel writes behind autograd's back: a backward through an older forward must raise.
     # Before the step, which pushes all of this out of the processor's caches.
     torch.autograd.graph.increment_version(params)
     for entry in work.updated:
         entry.visits += 1
     try:
-        report = engine.step(schedule.active, work.rows, hypers, scalars, schedule.following)
+        report = engine.step(schedule.active, work.rows, hypers, scalars, schedule.following, draws)
     except BaseException:
         for entry in work.updated:
             entry.visits -= 1
@@ -102,7 +106,7 @@ def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
             return None
         wanted.append((entry.param, entry.item, entry.numel, index))
     rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in index_of]
-    rows = ops.plain_rows(wanted, rules, optimizer._device_index)
+    rows = ops.plain_rows(wanted, rules, optimizer._device_index, optimizer._precision.ways)
     if rows is None:
         return None
     updated = entries
@@ -130,7 +134,7 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
         ):
             _refuse(optimizer, entry, grad)
         rule = optimizer.rule(optimizer.param_groups[entry.number])
-        code = ops.kind(rule, p.dtype, grad.dtype)
+        code = ops.kind(rule, p.dtype, grad.dtype, optimizer._precision.ways)
         index = index_of.setdefault((entry.number, entry.visits), len(index_of))
         address = p.data_ptr()
         if not entry.fits(p):

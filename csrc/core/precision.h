@@ -76,6 +76,12 @@ HIFT_INLINE std::uint64_t block_key(std::uint64_t key, std::uint64_t block) {
   return block == 0 ? key : spread(key + block);
 }
 
+/// Elements from `element` on that have its key.
+HIFT_INLINE std::int64_t keyed(std::int64_t element) {
+  constexpr std::int64_t kEach = std::int64_t{1} << 32;
+  return kEach - element % kEach;
+}
+
 /// `x` as a bfloat16 in the upper 16 bits, rounded up with the probability of the part that is
 /// dropped; `random` gives 16 bits. Infinity and NaN stay what they are.
 HIFT_INLINE std::uint32_t stochastic_bits(float x, std::uint32_t random) {

@@ -53,8 +53,10 @@ struct Span {
   Weights weights = Weights::kNearest;
   bool stochastic_state = false;  // values of less than 32 bits are rounded at random
   std::uint64_t key = 0;          // of the random numbers: seed, parameter and visit
-  std::int64_t first = 0;         // the parameter's element that is the span's first; for codes a
-                                  // multiple of 256
+  std::int64_t first = 0;  // the item's element that is the span's first; for codes a multiple of
+                           // 256
+  std::int64_t shard = 0;  // elements of the parameter before the item's: random numbers do not
+                           // depend on how it is sharded
 };
 
 /// Scalars that enter the pass by address, so that on a GPU nobody waits for their value. Null

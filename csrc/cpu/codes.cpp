@@ -11,10 +11,16 @@ namespace {
 
 using namespace generic;
 
+/// Where the code of element `i` is: see core/precision.h.
+std::int64_t place(std::int64_t i) {
+  const std::int64_t within = i % kBlock;
+  return i - within + 4 * (within % kWords) + within / kWords;
+}
+
 template <bool kSigned>
 void decode_blocks(const std::uint8_t* codes, const float* scales, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < count; ++i) {
-    to[i] = Code8<kSigned>::decode(codes[i]) * scales[i / kBlock];
+    to[i] = Code8<kSigned>::decode(codes[place(i)]) * scales[i / kBlock];
   }
 }
 
@@ -29,7 +35,7 @@ void encode_blocks(const float* from, std::int64_t count, std::uint8_t* codes, f
     const float scale = scales[begin / kBlock] = scale_of(largest);
     const float inverse = shares_per(scale);
     for (std::int64_t i = begin; i < end; ++i) {
-      codes[i] = Code8<kSigned>::encode(from[i] * inverse);
+      codes[place(i)] = static_cast<std::uint8_t>(Code8<kSigned>::encode(from[i] * inverse));
     }
   }
 }

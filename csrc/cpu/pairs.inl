@@ -43,7 +43,8 @@ void update_words(const Span& span, std::int64_t skipped, std::int64_t words, st
   [[maybe_unused]] Word* __restrict state0 = const_cast<Word*>(word_of(span.state[0]));
   [[maybe_unused]] Word* __restrict state1 = const_cast<Word*>(word_of(span.state[1]));
   [[maybe_unused]] Word* __restrict state2 = const_cast<Word*>(word_of(span.state[2]));
-  [[maybe_unused]] const auto element = static_cast<std::uint32_t>(span.first + skipped);
+  [[maybe_unused]] const auto element =
+      static_cast<std::uint32_t>(span.shard + span.first + skipped);
 #pragma omp simd
   for (std::int64_t i = 0; i < words; ++i) {
     float p0 = first_of(param[i]), p1 = second_of(param[i]);
@@ -71,11 +72,10 @@ void update_words(const Span& span, std::int64_t skipped, std::int64_t words, st
 /// As update_range. Runs end where the key of the random numbers changes.
 template <class Rule, bool kStochastic>
 void update_pairs(const Span& span, std::int64_t begin, std::int64_t end, float grad_factor) {
-  constexpr std::int64_t kKeyed = std::int64_t{1} << 32;
   while (begin < end) {
-    const std::int64_t left = kKeyed - (span.first + begin) % kKeyed;
+    const std::int64_t element = span.shard + span.first + begin, left = keyed(element);
     const std::int64_t run = left < end - begin ? left : end - begin;
-    const auto block = static_cast<std::uint64_t>(span.first + begin) >> 32;
+    const auto block = static_cast<std::uint64_t>(element) >> 32;
     const std::int64_t even = run / 2 * 2;
     update_words<Rule, kStochastic>(span, begin, run / 2, block_key(span.key, block), grad_factor);
     if (even < run) update_staged<Rule>(span, begin + even, begin + run, grad_factor);

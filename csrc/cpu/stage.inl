@@ -205,8 +205,9 @@ void update_staged(const Span& span, std::int64_t begin, std::int64_t end, float
   memcpy(&h, span.hyper, sizeof h);
   alignas(64) float weights[kBlock], grads[kBlock], states[kMaxStates][kBlock];
   for (std::int64_t at = begin; at < end;) {
-    const std::int64_t element = span.first + at;
-    const std::int64_t left = kBlock - element % kBlock;
+    const std::int64_t element = span.shard + span.first + at;
+    std::int64_t left = kBlock - (span.first + at) % kBlock;
+    left = left < keyed(element) ? left : keyed(element);
     const Run run{span, at, left < end - at ? left : end - at,
                   block_key(span.key, static_cast<std::uint64_t>(element) >> 32),
                   static_cast<std::uint32_t>(element)};
