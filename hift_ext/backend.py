@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from hift_ext import ops
-from hift_ext.precision import Precision
+from hift_ext.precision import PLAIN, Precision
 
 
 def cuda_missing() -> str:
@@ -58,13 +58,13 @@ def _make_triton_engine(
 
 def make_engine(
     streams: Sequence[ops.StreamSpec],
-    kept: Precision,
     device: torch.device,
     *,
     store: str,
     backend: str,
     page_bytes: int | str,
     staging: int | str,
+    kept: Precision = PLAIN,
 ) -> ops.StateEngine:
     """The engine for parameters on `device`: which backend, where state rests, how it is cut.
 

@@ -69,12 +69,12 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
         precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
     engine = make_engine(
         streams,
-        kept,
         device,
         store=options["store"],
         backend=options["backend"],
         page_bytes=options["page_bytes"],
         staging=options["staging"],
+        kept=kept,
     )
     engine.add_groups([[p.numel() for p in group.params] for group in optimizer._groups])
     for entry in optimizer.state.entries.values():

@@ -38,7 +38,7 @@ class Precision(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether state is float32 and weights are rounded to nearest, without a master."""
-        return self == Precision()
+        return self == PLAIN
 
     @property
     def state_code(self) -> int:
@@ -77,6 +77,9 @@ class Precision(NamedTuple):
             "split": [Stored("master_low", torch.int16)],
         }
         return state + master[self.master] + scales
+
+
+PLAIN = Precision()
 
 
 def chosen(options: Mapping[str, Any], dtypes: Collection[torch.dtype]) -> Precision:
