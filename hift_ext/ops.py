@@ -98,7 +98,7 @@ def kind(rule: str, param: torch.dtype, grad: torch.dtype) -> int:
     return RULES[rule][0] | DTYPE_CODES[param] << 8 | DTYPE_CODES[grad] << 12
 
 
-def plain_rows(wanted: list[Wanted], rules: Sequence[str], device: int) -> list[Row] | None:
+def plain_rows(wanted: list[Wanted], rules: Sequence[str], device: int) -> Sequence[Row] | None:
     """The rows of those `wanted` that have gradients.
 
     Args:
@@ -113,7 +113,7 @@ def plain_rows(wanted: list[Wanted], rules: Sequence[str], device: int) -> list[
     if _EXCHANGE is None:
         return None
     numbers = [RULES[rule][0] for rule in rules]
-    rows: list[Row] | None = _ext.plain_rows(_EXCHANGE, _PLAIN_TYPES, wanted, numbers, device)
+    rows: Sequence[Row] | None = _ext.plain_rows(_EXCHANGE, _PLAIN_TYPES, wanted, numbers, device)
     return rows
 
 
@@ -148,7 +148,7 @@ class StateEngine(Protocol):
         """Adds groups; `counts[g][i]` elements for item i of group g."""
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self, group: int, rows: Sequence[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
         """Updates `group`; then `following` starts to move in (-1: nothing)."""
 
@@ -240,7 +240,7 @@ class PagedEngine:
         self._engine.add_groups(counts)
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self, group: int, rows: Sequence[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
         """Updates `group` on torch's number of threads, or behind its current stream's work."""
         threads = torch.get_num_threads()
@@ -319,7 +319,7 @@ class ResidentEngine:
         return state
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self, group: int, rows: Sequence[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
         """Updates `group` by one call over all its parameters."""
         states_of = {number: states for number, states, _ in RULES.values()}

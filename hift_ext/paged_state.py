@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hift_ext.ops import StateEngine, StreamSpec
+from hift_ext.ops import StateEngine, StreamSpec, Wanted
 
 
 @dataclass(eq=False, slots=True)
@@ -64,6 +64,23 @@ class Entry:
         return tensor.stride() == self.strides
 
 
+@dataclass(slots=True)
+class Turn:
+    """What one group's steps have in common since the state was laid out.
+
+    Attributes:
+        params: The group's parameters.
+        wanted: A row for each, with the place of its param_group in `numbers`.
+        numbers: The param_groups they are in.
+        contiguous: Whether the state of all of them is row-major.
+    """
+
+    params: list[torch.Tensor]
+    wanted: list[Wanted]
+    numbers: list[int]
+    contiguous: bool
+
+
 class Flag:
     """Whether a step found an overflow: a scalar on its way from a GPU to the host.
 
@@ -100,6 +117,9 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._from_start = from_start
         self.engine: StateEngine | None = None
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+        # Known for the engine that there is: `lay_out` forgets them.
+        self.turns: dict[int, Turn] = {}  # by group
+        self.fitting: set[str] = set()  # rules whose state was laid out
         self._unsettled: list[tuple[Flag, Sequence[Entry]]] = []
 
     def doubt(self, entries: Sequence[Entry], flag: Flag) -> None:

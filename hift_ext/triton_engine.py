@@ -7,6 +7,7 @@ Apart from ops.py, since it imports triton, which takes half a second.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ class TritonEngine(ResidentEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self, group: int, rows: Sequence[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
 
