@@ -23,6 +23,8 @@ namespace {
 
 using hift::DType;
 using hift::integer;
+using hift::Row;
+using hift::Rows;
 using hift::Scaling;
 using hift::Span;
 using hift::Update;
@@ -53,26 +55,36 @@ void unpack(T& to, std::int64_t kind) {
   to.weights = static_cast<hift::Weights>(kind >> 16);
 }
 
-/// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the
-/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
-/// `draws`, if there are any, holds each row's key of random numbers and its elements before the
-/// item's.
-std::vector<Update> updates_of(const py::list& rows, const std::vector<std::vector<float>>& hypers,
-                               const std::vector<Draw>& draws) {
-  hift::check_argument(draws.empty() || draws.size() == rows.size(), draws.size(), " draws for ",
-                       rows.size(), " rows");
-  std::vector<Update> updates(rows.size());
-  for (std::size_t i = 0; i < updates.size(); ++i) {
-    PyObject* row = PyList_GET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i));
+/// Rows as Python writes them: tuples of the five fields.
+Rows rows_of(const py::list& tuples) {
+  Rows rows;
+  for (const py::handle& tuple : tuples) {
+    PyObject* row = tuple.ptr();
     hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5,
                          "an update is a tuple of five integers");
+    rows.all.push_back(
+        {integer(row, 0), integer(row, 1), integer(row, 2), integer(row, 3), integer(row, 4)});
+  }
+  return rows;
+}
+
+/// A row of hypers is the gradient's factor (1, or -1 to maximize), then the rule's
+/// hyper-parameters in C++ order. `draws`, if there are any, holds each row's key of random numbers
+/// and its elements before the item's.
+std::vector<Update> updates_of(const Rows& rows, const std::vector<std::vector<float>>& hypers,
+                               const std::vector<Draw>& draws) {
+  hift::check_argument(draws.empty() || draws.size() == rows.all.size(), draws.size(),
+                       " draws for ", rows.all.size(), " rows");
+  std::vector<Update> updates(rows.all.size());
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    const Row& row = rows.all[i];
     Update& u = updates[i];
     if (!draws.empty()) std::tie(u.key, u.shard) = draws[i];
-    u.item = integer(row, 0);
-    u.param = reinterpret_cast<void*>(integer(row, 1));
-    u.grad = reinterpret_cast<const void*>(integer(row, 2));
-    unpack(u, integer(row, 3));
-    const auto h = static_cast<std::size_t>(integer(row, 4));
+    u.item = row.item;
+    u.param = reinterpret_cast<void*>(row.param);
+    u.grad = reinterpret_cast<const void*>(row.grad);
+    unpack(u, row.kind);
+    const auto h = static_cast<std::size_t>(row.hyper);
     hift::check_argument(h < hypers.size() && !hypers[h].empty(), "row ", h,
                          " of hypers is absent or empty");
     hift::check_argument(hypers[h].size() <= 1 + u.hyper.size(), "row ", h, " of hypers has ",
@@ -198,7 +210,7 @@ void bind_engine(py::module_& m) {
       .def("add_groups", &Engine::add_groups, py::call_guard<py::gil_scoped_release>())
       .def(
           "step",
-          [](Engine& engine, int group, const py::list& rows,
+          [](Engine& engine, int group, const Rows& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
              std::int64_t clip, std::int64_t found_inf, int threads, int next, std::int64_t stream,
              const std::vector<Draw>& draws, bool stochastic_state) {
@@ -270,6 +282,15 @@ PYBIND11_MODULE(_hift_ext, m) {
     return py::buffer_info(b.data, 1, py::format_descriptor<std::uint8_t>::format(), b.size);
   });
 
+  py::class_<Rows>(m, "Rows")
+      .def(py::init(&rows_of))
+      .def("__len__", [](const Rows& rows) { return rows.all.size(); })
+      .def("__getitem__", [](const Rows& rows, std::size_t at) {
+        if (at >= rows.all.size()) throw py::index_error();
+        const Row& row = rows.all[at];
+        return py::make_tuple(row.item, row.param, row.grad, row.kind, row.hyper);
+      });
+  py::implicitly_convertible<py::list, Rows>();
   m.def("plain_rows", &hift::plain_rows, py::arg("exchange"), py::arg("types"), py::arg("wanted"),
         py::arg("rules"), py::arg("ways"), py::arg("device"));
   m.def("visit_key", &hift::generic::visit_key, py::arg("seed"), py::arg("param"),

@@ -5,6 +5,7 @@
 
 #include <pybind11/stl.h>
 
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -109,7 +110,8 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
   };
   std::vector<std::int64_t> rule_of;
   for (const py::handle& rule : rules) rule_of.push_back(rule.cast<std::int64_t>());
-  py::list rows;
+  Rows rows;
+  rows.all.reserve(wanted.size());
   for (const py::handle& row : wanted) {
     check_argument(PyTuple_Check(row.ptr()) && PyTuple_GET_SIZE(row.ptr()) == 4,
                    "a parameter's row is a tuple of four");
@@ -129,13 +131,9 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
     check_argument(hyper >= 0 && hyper < static_cast<std::int64_t>(rule_of.size()), "hypers ",
                    hyper, " are not among the ", rule_of.size(), " of this step");
     const std::int64_t kind = rule_of[hyper] | p.dtype << 8 | g.dtype << 12 | way << 16;
-    PyObject* const found =
-        PyTuple_Pack(5, PyTuple_GET_ITEM(row.ptr(), 1), py::int_(p.data).ptr(),
-                     py::int_(g.data).ptr(), py::int_(kind).ptr(), PyTuple_GET_ITEM(row.ptr(), 3));
-    if (found == nullptr) throw py::error_already_set();
-    rows.append(py::reinterpret_steal<py::tuple>(found));
+    rows.all.push_back({integer(row.ptr(), 1), p.data, g.data, kind, hyper});
   }
-  return rows;
+  return py::cast(std::move(rows));
 }
 
 }  // namespace hift

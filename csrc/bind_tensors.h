@@ -7,8 +7,20 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace hift {
+
+/// One parameter's part in a step: its item, addresses, `kind` (rule | parameter's dtype << 8 |
+/// gradient's dtype << 12 | how weights are kept << 16) and the index of its hypers.
+struct Row {
+  std::int64_t item, param, grad, kind, hyper;
+};
+
+/// Rows that need not become Python's tuples on their way from `plain_rows` to a step.
+struct Rows {
+  std::vector<Row> all;
+};
 
 /// Item `at` of a tuple as an integer. Throws Python's own error where it is none.
 std::int64_t integer(PyObject* tuple, Py_ssize_t at);

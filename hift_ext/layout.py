@@ -79,6 +79,8 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
     engine.add_groups([[p.numel() for p in group.params] for group in optimizer._groups])
     for entry in optimizer.state.entries.values():
         entry.lay_out()
+    optimizer.state.turns.clear()
+    optimizer.state.fitting.clear()
     optimizer.state.engine = engine
     optimizer._precision = optimizer.state.precision = kept
     optimizer._device, optimizer._device_index = device, params[0].get_device()

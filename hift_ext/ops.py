@@ -196,7 +196,7 @@ def plain_rows(
     rules: Sequence[str],
     device: int,
     ways: tuple[int, int, int] = (0, 0, 0),
-) -> list[Row] | None:
+) -> Sequence[Row] | None:
     """The rows of those `wanted` that have gradients.
 
     Args:
@@ -212,7 +212,9 @@ def plain_rows(
     if _EXCHANGE is None:
         return None
     numbers = [RULES[rule][0] for rule in rules]
-    rows: list[Row] | None = _ext.plain_rows(_EXCHANGE, _PLAIN_TYPES, wanted, numbers, ways, device)
+    rows: Sequence[Row] | None = _ext.plain_rows(
+        _EXCHANGE, _PLAIN_TYPES, wanted, numbers, ways, device
+    )
     return rows
 
 
@@ -253,7 +255,7 @@ class StateEngine(Protocol):
     def step(
         self,
         group: int,
-        rows: list[Row],
+        rows: Sequence[Row],
         hypers: Hypers,
         scalars: Scalars,
         following: int,
@@ -365,7 +367,7 @@ class PagedEngine:
     def step(
         self,
         group: int,
-        rows: list[Row],
+        rows: Sequence[Row],
         hypers: Hypers,
         scalars: Scalars,
         following: int,
@@ -463,7 +465,7 @@ class ResidentEngine:
     def step(
         self,
         group: int,
-        rows: list[Row],
+        rows: Sequence[Row],
         hypers: Hypers,
         scalars: Scalars,
         following: int,

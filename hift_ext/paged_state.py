@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hift_ext import precision
-from hift_ext.ops import StateEngine, StreamSpec
+from hift_ext.ops import StateEngine, StreamSpec, Wanted
 from hift_ext.precision import Precision
 
 
@@ -69,6 +69,23 @@ class Entry:
         return tensor.stride() == self.strides
 
 
+@dataclass(slots=True)
+class Turn:
+    """What one group's steps have in common since the state was laid out.
+
+    Attributes:
+        params: The group's parameters.
+        wanted: A row for each, with the place of its param_group in `numbers`.
+        numbers: The param_groups they are in.
+        contiguous: Whether the state of all of them is row-major.
+    """
+
+    params: list[torch.Tensor]
+    wanted: list[Wanted]
+    numbers: list[int]
+    contiguous: bool
+
+
 class Flag:
     """Whether a step found an overflow: a scalar on its way from a GPU to the host.
 
@@ -107,6 +124,9 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self.precision = Precision()  # known when the state is laid out
         self._with_masters = False
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+        # Known for the engine that there is: `lay_out` forgets them.
+        self.turns: dict[int, Turn] = {}  # by group
+        self.fitting: set[str] = set()  # rules whose state was laid out
         self._unsettled: list[tuple[Flag, Sequence[Entry]]] = []
 
     @contextmanager

@@ -24,7 +24,7 @@ class TritonEngine(ResidentEngine):
     def step(
         self,
         group: int,
-        rows: list[Row],
+        rows: Sequence[Row],
         hypers: Hypers,
         scalars: Scalars,
         following: int,

@@ -17,7 +17,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ext import ops
-from hift_ext.paged_state import Entry, Flag
+from hift_ext.paged_state import Entry, Flag, Turn
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -36,14 +36,16 @@ def update_group(
         TypeError: A pair of types that is not offered.
         ValueError: Settings that need state which was not laid out.
     """
-    optimizer.state.settle(optimizer._schedule.active)
+    state, schedule = optimizer.state, optimizer._schedule
+    state.settle(schedule.active)
     work = _plain(optimizer, entries) or _checked(optimizer, entries)
     if not work.rows:
         return None
     hypers = [_hypers(optimizer, number, visits) for number, visits in work.settings]
-    params = [entry.param for entry in work.updated]
+    params = work.params
     scalars, tensors = _scalars(optimizer, params, found_inf)
-    schedule, engine = optimizer._schedule, optimizer._engine()
+    engine = state.engine
+    assert engine is not None  # laid out, or there would be no rows
     draws: list[ops.Draw] = []
     if optimizer._precision.stochastic:
         seed = optimizer._options["seed"]
@@ -60,7 +62,7 @@ def update_group(
             entry.visits -= 1
         raise
     if found_inf is not None and found_inf.device.type != "cpu":
-        optimizer.state.doubt(work.updated, Flag(found_inf))
+        state.doubt(work.updated, Flag(found_inf))
     del tensors  # on a GPU their memory is used again in stream order, after the kernel
     if work.copies:
         with torch.no_grad():
@@ -77,13 +79,15 @@ class _Work:
         rows: For the engine.
         settings: (param_group, visits so far) of each index into the step's hypers.
         updated: The entries that have a row.
+        params: Their parameters.
         copies: (parameter, copy in the state's layout), to be copied back.
         held: Gradients in the state's layout, which must live until the step is done.
     """
 
-    rows: list[ops.Row]
+    rows: Sequence[ops.Row]
     settings: list[tuple[int, int]]
     updated: Sequence[Entry]
+    params: list[torch.Tensor]
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)
 
@@ -93,33 +97,60 @@ def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
 
     One call looks at all tensors, in a tenth of the time that asking each from Python takes.
     """
-    if optimizer.state.engine is None:
+    state = optimizer.state
+    if state.engine is None:
         return None
-    wanted: list[ops.Wanted] = []
-    index_of: dict[tuple[int, int], int] = {}
-    index = number = visits = -1
-    for entry in entries:
-        if entry.visits != visits or entry.number != number:
-            number, visits = entry.number, entry.visits
-            index = index_of.setdefault((number, visits), len(index_of))
-        if not entry.contiguous:
-            return None
-        wanted.append((entry.param, entry.item, entry.numel, index))
-    rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in index_of]
+    group = optimizer._schedule.active
+    turn = state.turns.get(group)
+    if turn is None:
+        turn = state.turns[group] = _turn(entries)
+    if not turn.contiguous:
+        return None
+    visits = [entry.visits for entry in entries]
+    if visits.count(visits[0]) == len(visits):
+        wanted, settings = turn.wanted, [(number, visits[0]) for number in turn.numbers]
+    else:
+        wanted, settings = _unequal(turn.wanted, entries)
+    rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in settings]
     rows = ops.plain_rows(wanted, rules, optimizer._device_index, optimizer._precision.ways)
     if rows is None:
         return None
-    updated = entries
-    if len(rows) < len(entries):
-        items = {row[0] for row in rows}
-        updated = [entry for entry in entries if entry.item in items]
-    return _Work(rows, list(index_of), updated)
+    if len(rows) == len(entries):
+        return _Work(rows, settings, entries, turn.params)
+    items = {row[0] for row in rows}
+    updated = [entry for entry in entries if entry.item in items]
+    return _Work(rows, settings, updated, [entry.param for entry in updated])
+
+
+def _turn(entries: Sequence[Entry]) -> Turn:
+    """What `_plain` asks for where all of a group's entries were visited equally often."""
+    numbers = list(dict.fromkeys(entry.number for entry in entries))
+    index_of = {number: index for index, number in enumerate(numbers)}
+    return Turn(
+        [entry.param for entry in entries],
+        [(entry.param, entry.item, entry.numel, index_of[entry.number]) for entry in entries],
+        numbers,
+        all(entry.contiguous for entry in entries),
+    )
+
+
+def _unequal(
+    wanted: Sequence[ops.Wanted], entries: Sequence[Entry]
+) -> tuple[list[ops.Wanted], list[tuple[int, int]]]:
+    """The same with hypers for each number of visits, and these (param_group, visits)."""
+    index_of: dict[tuple[int, int], int] = {}
+    rows = [
+        (*row[:3], index_of.setdefault((entry.number, entry.visits), len(index_of)))
+        for row, entry in zip(wanted, entries, strict=True)
+    ]
+    return rows, list(index_of)
 
 
 def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
     """The work, looking at each tensor closely: strides are unified, and what is wrong raises."""
+    rows: list[ops.Row] = []
     updated: list[Entry] = []
-    work = _Work([], [], updated)
+    work = _Work(rows, [], updated, [])
     index_of: dict[tuple[int, int], int] = {}
     for entry in entries:
         p, grad = entry.param, entry.param.grad
@@ -144,8 +175,9 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
         if not entry.fits(grad):
             grad = entry.laid_out(grad, grad.dtype)
             work.held.append(grad)
-        work.rows.append((entry.item, address, grad.data_ptr(), code, index))
+        rows.append((entry.item, address, grad.data_ptr(), code, index))
         updated.append(entry)
+        work.params.append(p)
     work.settings.extend(index_of)
     return work
 
@@ -175,18 +207,25 @@ def quiet(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hypers(optimizer: HiFTOptimizer, number: int, visits: int) -> tuple[float, ...]:
     group: dict[str, Any] = optimizer.param_groups[number]
-    streams = optimizer.streams(group)
+    rule = optimizer.rule(group)
+    if rule not in optimizer.state.fitting:
+        _check_fits(optimizer, number)
+        optimizer.state.fitting.add(rule)
+    latched = optimizer._schedule.latched
+    assert latched is not None
+    # A param_group added in the middle of a pass has no latched rate before the next.
+    lr = latched[number] if number < len(latched) else float(group["lr"])
+    return (-1.0 if group.get("maximize") else 1.0, *optimizer.hyper(group, lr, visits + 1))
+
+
+def _check_fits(optimizer: HiFTOptimizer, number: int) -> None:
+    streams = optimizer.streams(optimizer.param_groups[number])
     if len(streams) > optimizer._stream_count:
         raise ValueError(
             f"param_group {number} now needs the state {', '.join(s.name for s in streams)}, and "
             f"pages were laid out for {optimizer._stream_count} streams: make a new optimizer with "
             "these settings and load this one's state_dict into it"
         )
-    latched = optimizer._schedule.latched
-    assert latched is not None
-    # A param_group added in the middle of a pass has no latched rate before the next.
-    lr = latched[number] if number < len(latched) else float(group["lr"])
-    return (-1.0 if group.get("maximize") else 1.0, *optimizer.hyper(group, lr, visits + 1))
 
 
 def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
