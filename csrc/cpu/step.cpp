@@ -9,6 +9,7 @@
 
 #include "core/check.h"
 #include "cpu/pool.h"
+#include "cpu/table.h"
 #include "rules/all.h"
 
 namespace hift::cpu {
@@ -25,19 +26,14 @@ std::int64_t grain_of(std::int64_t total, int threads) {
   return std::clamp<std::int64_t>(share, 1 << 14, 1 << 18) / 64 * 64;
 }
 
-struct InstructionSet {
-  const char* name;
-  const RuleEntry* table;
-};
-
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", baseline::table()}};
+  std::vector<InstructionSet> sets{{"baseline", baseline::table(), baseline::square_sums()}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back({"avx2", avx2::table()});
+    sets.push_back({"avx2", avx2::table(), avx2::square_sums()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", avx512::table()});
+      sets.push_back({"avx512", avx512::table(), avx512::square_sums()});
     }
   }
 #endif
@@ -133,6 +129,8 @@ std::vector<std::string> instruction_sets() {
   for (const InstructionSet& set : available()) names.emplace_back(set.name);
   return names;
 }
+
+const InstructionSet& set_in_use() { return *current().load(); }
 
 std::string instruction_set() { return current().load()->name; }
 
