@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hift_ext._version import __version__
+from hift_ext.norm_engine import NormEngine
 
 try:
     import _hift_ext as _ext
@@ -158,6 +159,20 @@ class StateEngine(Protocol):
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Writes a flat, contiguous float32 CPU tensor to an item's stream."""
 
+    def sum_of_squares(self, rows: list[Row], counts: Sequence[int], total: torch.Tensor) -> None:
+        """Adds up the squares of the rows' gradients, `counts[i]` elements each (csrc/core/norm.h).
+
+        `total` is one float64 on the parameters' device.
+        """
+
+    def write_clip(
+        self, total: torch.Tensor, limit: float, grad_scale: int, result: torch.Tensor
+    ) -> None:
+        """Writes the norm and its coefficient to `result`, two float32 on the device.
+
+        `grad_scale` is an address or 0.
+        """
+
     def prefetch(self, group: int) -> None:
         """Starts bringing `group` in."""
 
@@ -175,7 +190,7 @@ def cuda_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-class PagedEngine:
+class PagedEngine(NormEngine):
     """State in pages, in host memory or in a file.
 
     Args:
@@ -195,6 +210,7 @@ class PagedEngine:
         staging: int,
         device: torch.device,
     ) -> None:
+        self._device = device
         self._cuda = device if device.type == "cuda" else None
         ring: list[torch.Tensor] = []  # owned by the callback, and so by the engine
 
@@ -272,7 +288,7 @@ class PagedEngine:
         self._engine.flush()
 
 
-class ResidentEngine:
+class ResidentEngine(NormEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
     def __init__(self, streams: Sequence[StreamSpec], device: torch.device) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict
 
+from hift_ext.clipping import check_clipping
+
 STORES = ("auto", "ram", "disk", "device")
 BACKENDS = ("auto", "cpu", "cuda", "triton")
 
@@ -37,6 +39,8 @@ class HiFTOptions(TypedDict, total=False):
         master: `"auto"` or None: no separate master weights.
         rounding: How 16-bit weights are rounded; `"nearest"`.
         max_grad_norm: Clips the norm of the active group's gradients to this inside the update.
+        error_if_nonfinite: A norm that is NaN or infinite raises before anything changes. On a GPU
+            the step then waits for the norm.
         backend: `"auto"`, `"cpu"`, `"cuda"` or `"triton"`.
     """
 
@@ -52,6 +56,7 @@ class HiFTOptions(TypedDict, total=False):
     master: str | None
     rounding: str
     max_grad_norm: float | None
+    error_if_nonfinite: bool
     backend: str
 
 
@@ -68,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "master": "auto",
     "rounding": "nearest",
     "max_grad_norm": None,
+    "error_if_nonfinite": False,
     "backend": "auto",
 }
 
@@ -101,9 +107,7 @@ def checked(options: HiFTOptions) -> dict[str, Any]:
         raise TypeError(f"model must be an nn.Module, not {type(full['model']).__name__}")
     if isinstance(full["seed"], bool) or not isinstance(full["seed"], int):
         raise TypeError(f"seed must be an int, not {full['seed']!r}")
-    norm = full["max_grad_norm"]
-    if norm is not None and not norm > 0:
-        raise ValueError(f"max_grad_norm must be None or a positive number, not {norm!r}")
+    check_clipping(full["max_grad_norm"], full["error_if_nonfinite"])
     _offered("state_dtype", full["state_dtype"], (torch.float32,))
     _offered("master", full["master"], ("auto", None))
     _offered("rounding", full["rounding"], ("nearest",))

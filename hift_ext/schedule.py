@@ -100,6 +100,10 @@ class Schedule:
         """Fixes the learning rates of this pass."""
         self._now = {**self._now, "lr": list(rates)}
 
+    def go_back(self, before: dict[str, Any]) -> None:
+        """To what `as_dict` was before a step that failed."""
+        self._now = before
+
     @property
     def following(self) -> int:
         """Index of the group after the active one."""

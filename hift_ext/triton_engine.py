@@ -7,10 +7,11 @@ Apart from ops.py, since it imports triton, which takes half a second.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
-from hift_ext import triton_step
+from hift_ext import triton_norm, triton_step
 from hift_ext.ops import DTYPE_CODES, RULES, Hypers, Report, ResidentEngine, Row, Scalars
 
 _RULES = {number: (name, states) for name, (number, states, _) in RULES.items()}
@@ -20,14 +21,14 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 class TritonEngine(ResidentEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
+    def _at(self, address: int, count: int, code: int) -> torch.Tensor:
+        return triton_step.tensor_at(address, count, _DTYPES[code], self._device)
+
     def step(
         self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
-
-        def at(address: int, count: int, code: int) -> torch.Tensor:
-            return triton_step.tensor_at(address, count, _DTYPES[code], self._device)
-
+        at = self._at
         start = time.perf_counter()
         spans = []
         for item, param, grad, kind, hyper in rows:
@@ -40,3 +41,16 @@ class TritonEngine(ResidentEngine):
         triton_step.step(spans, triton_step.Scalars(*tensors))
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
+
+    def sum_of_squares(self, rows: list[Row], counts: Sequence[int], total: torch.Tensor) -> None:
+        """Behind the work of torch's current stream, a launch per gradient and one more."""
+        filled = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
+        gradients = [self._at(row[2], count, row[3] >> 12) for row, count in filled]
+        triton_norm.sum_of_squares(gradients, total)
+
+    def write_clip(
+        self, total: torch.Tensor, limit: float, grad_scale: int, result: torch.Tensor
+    ) -> None:
+        """Behind the work of torch's current stream."""
+        scale = self._at(grad_scale, 1, 0) if grad_scale else None
+        triton_norm.write_clip(total, limit, scale, result)
