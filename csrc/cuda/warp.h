@@ -3,6 +3,8 @@
 // the host, where they stand in for CUDA's shuffles and run the lanes in lockstep.
 #pragma once
 
+#include <cmath>
+
 #if defined(__CUDACC__)
 #define HIFT_DEVICE __device__ __forceinline__
 #else
