@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python face of the extension: addresses, counts and stream handles come in as integers. Only
-// this file and bind_tensors know Python. The interpreter lock is released wherever work is done.
+// the bind*.cpp files know Python. The interpreter lock is released wherever work is done.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "bind_norm.h"
 #include "bind_tensors.h"
 #include "core/check.h"
 #include "core/precision.h"
@@ -348,4 +349,5 @@ PYBIND11_MODULE(_hift_ext, m) {
       py::arg("device"), py::arg("stream"));
 #endif
   bind_engine(m);
+  hift::bind_norm(m);
 }

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from hift_ext import ops
+from hift_ext.engines import PagedEngine, ResidentEngine, StateEngine
 from hift_ext.precision import PLAIN, Precision
 
 
@@ -35,7 +36,7 @@ def _make_triton_engine(
     device: torch.device,
     store: str,
     missing: str,
-) -> ops.StateEngine:
+) -> StateEngine:
     if store not in ("auto", "device"):
         raise RuntimeError(
             f"store={store!r} is not offered with Triton, which keeps all state on the device: "
@@ -53,7 +54,7 @@ def _make_triton_engine(
             f"{missing}. Until then Triton updates the weights, and all state stays on {device}",
             stacklevel=2,
         )
-    return TritonEngine(streams, kept, device)
+    return TritonEngine(streams, device, kept)
 
 
 def make_engine(
@@ -65,7 +66,7 @@ def make_engine(
     page_bytes: int | str,
     staging: int | str,
     kept: Precision = PLAIN,
-) -> ops.StateEngine:
+) -> StateEngine:
     """The engine for parameters on `device`: which backend, where state rests, how it is cut.
 
     Raises:
@@ -84,9 +85,9 @@ def make_engine(
     if backend == "triton" or missing:
         return _make_triton_engine(streams, kept, device, store, missing)
     if store == "device":
-        return ops.ResidentEngine(streams, kept, device)
+        return ResidentEngine(streams, device, kept)
     ring = ops.WHOLE_GROUP if staging == "auto" else int(staging)
     page = ops.PAGE_BYTES[device.type] if page_bytes == "auto" else int(page_bytes)
     if page_bytes == "auto" and ring > 0:
         page = min(page, ring // 2)
-    return ops.PagedEngine(streams, kept, "ram" if store == "auto" else store, page, ring, device)
+    return PagedEngine(streams, "ram" if store == "auto" else store, page, ring, device, kept)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ext import ops, precision
+from hift_ext import precision
 from hift_ext.backend import make_engine
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, other_keeper
 from hift_ext.layers import Group
 from hift_ext.paged_state import Entry
@@ -47,7 +48,7 @@ def order_entries(optimizer: HiFTOptimizer) -> None:
         entry.index = index
 
 
-def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
+def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
     """Makes the engine with room for every group.
 
     Raises:

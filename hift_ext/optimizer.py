@@ -16,6 +16,8 @@ from torch import nn
 from typing_extensions import Self, Unpack
 
 from hift_ext import interchange, layout, ops
+from hift_ext.clipping import Reduce
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
 from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
@@ -43,6 +45,9 @@ class HiFTOptimizer(torch.optim.Optimizer):
     torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None  # whose settings these are
     has_step: ClassVar[bool] = True  # torch keeps `step` in the state
     state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
+
+    _grad_norm: torch.Tensor | None = None
+    _reduce_norm: Reduce | None = None  # where gradients are sharded: see clipping.py
 
     # Set when the state is laid out, at the first step or load.
     _device: torch.device
@@ -204,6 +209,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
         latched = self._schedule.latched
         return float(self.param_groups[0]["lr"]) if latched is None else latched[0]
 
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients of the last step that had some, before it was clipped.
+
+        A float32 scalar on the parameters' device, without the scaler's factor; on a GPU reading
+        its value waits for it. None before the first such step and without `max_grad_norm`.
+        """
+        return self._grad_norm
+
     def stats(self) -> dict[str, float]:
         """What the last step moved (bytes) and how long it took (milliseconds).
 
@@ -230,7 +244,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: The optimizer is closed, or a gradient is sparse or on another device.
+            RuntimeError: The optimizer is closed, a gradient is sparse or on another device, or
+                with `error_if_nonfinite` the gradients' norm is NaN or infinite.
             TypeError: A parameter or gradient type that is not offered.
             OSError: The page file could not be read or written; see the message.
         """
@@ -242,9 +257,14 @@ class HiFTOptimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss  # the scaler skips this step: the group keeps its turn
+        before = self._schedule.as_dict
         if self._schedule.latched is None:
             self._latch()
-        report = update_group(self, self._entries[self._schedule.active], found_inf)
+        try:
+            report = update_group(self, self._entries[self._schedule.active], found_inf)
+        except BaseException:
+            self._schedule.go_back(before)
+            raise
         if report is None:
             self._notices.no_gradient(self._groups[self.active].name, self.pass_index)
             if self.state.engine is not None:
@@ -273,7 +293,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if self._closed:
             raise RuntimeError("this optimizer is closed: make a new one")
 
-    def _engine(self) -> ops.StateEngine:
+    def _engine(self) -> StateEngine:
         """The engine; laid out at its first use, when the parameters' device is known."""
         return layout.lay_out(self) if self.state.engine is None else self.state.engine
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict
 
+from hift_ext.clipping import check_clipping
+
 STORES = ("auto", "ram", "disk", "device")
 BACKENDS = ("auto", "cpu", "cuda", "triton")
 
@@ -43,6 +45,8 @@ class HiFTOptions(TypedDict, total=False):
         rounding: How bfloat16 weights without a master, and state in fewer than 32 bits, are
             rounded: `"nearest"`, or `"stochastic"`, by `seed`.
         max_grad_norm: Clips the norm of the active group's gradients to this inside the update.
+        error_if_nonfinite: A norm that is NaN or infinite raises before anything changes. On a GPU
+            the step then waits for the norm.
         backend: `"auto"`, `"cpu"`, `"cuda"` or `"triton"`.
     """
 
@@ -58,6 +62,7 @@ class HiFTOptions(TypedDict, total=False):
     master: str | None
     rounding: str
     max_grad_norm: float | None
+    error_if_nonfinite: bool
     backend: str
 
 
@@ -74,6 +79,7 @@ DEFAULTS: dict[str, Any] = {
     "master": "auto",
     "rounding": "nearest",
     "max_grad_norm": None,
+    "error_if_nonfinite": False,
     "backend": "auto",
 }
 
@@ -107,9 +113,7 @@ def checked(options: HiFTOptions) -> dict[str, Any]:
         raise TypeError(f"model must be an nn.Module, not {type(full['model']).__name__}")
     if isinstance(full["seed"], bool) or not isinstance(full["seed"], int):
         raise TypeError(f"seed must be an int, not {full['seed']!r}")
-    norm = full["max_grad_norm"]
-    if norm is not None and not norm > 0:
-        raise ValueError(f"max_grad_norm must be None or a positive number, not {norm!r}")
+    check_clipping(full["max_grad_norm"], full["error_if_nonfinite"])
     _offered("state_dtype", full["state_dtype"], (torch.float32, torch.bfloat16, "8bit"))
     _offered("master", full["master"], ("auto", None, "fp32", "split"))
     _offered("rounding", full["rounding"], ("nearest", "stochastic"))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from hift_ext import precision
-from hift_ext.ops import StateEngine, StreamSpec, Wanted
+from hift_ext.engines import StateEngine
+from hift_ext.ops import StreamSpec, Wanted
 from hift_ext.precision import Precision
 
 

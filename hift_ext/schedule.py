@@ -95,6 +95,10 @@ class Schedule:
         """Fixes the learning rates of this pass."""
         self._become({**self._now, "lr": list(rates)})
 
+    def go_back(self, before: dict[str, Any]) -> None:
+        """To what `as_dict` was before a step that failed."""
+        self._become(before)
+
     def advance(self) -> bool:
         """Moves on to the next group. Returns whether a pass ended."""
         now = self._now

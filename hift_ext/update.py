@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ext import ops
+from hift_ext.clipping import clip
 from hift_ext.paged_state import Entry, Flag, Turn
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def update_group(
         return None
     hypers = [_hypers(optimizer, number, visits) for number, visits in work.settings]
     params = work.params
-    scalars, tensors = _scalars(optimizer, params, found_inf)
+    scalars, tensors = _scalars(optimizer, work, found_inf)
     engine = state.engine
     assert engine is not None  # laid out, or there would be no rows
     draws: list[ops.Draw] = []
@@ -247,22 +247,21 @@ def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
 
 
 def _scalars(
-    optimizer: HiFTOptimizer, params: list[torch.Tensor], found_inf: torch.Tensor | None
+    optimizer: HiFTOptimizer, work: _Work, found_inf: torch.Tensor | None
 ) -> tuple[ops.Scalars, list[torch.Tensor]]:
-    """Addresses of the scalars that enter the pass, and the tensors behind them."""
+    """Addresses of the scalars that enter the pass, and the tensors behind them.
+
+    Raises:
+        RuntimeError: The gradients' norm is not finite, and that is to be an error.
+    """
     scale: torch.Tensor | None = getattr(optimizer, "grad_scale", None)
-    clip: torch.Tensor | None = None
-    limit = optimizer._options["max_grad_norm"]
-    if scale is found_inf is limit is None:
+    if scale is found_inf is optimizer._options["max_grad_norm"] is None:
         return ops.Scalars(), []
-    if limit is not None:
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).float()
-        if scale is not None:
-            norm = norm / scale.to(norm.device)
-        clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-    tensors = [
+    scale, found_inf = (
         None if t is None else t.detach().to(optimizer._device, torch.float32)
-        for t in (scale, clip, found_inf)
-    ]
+        for t in (scale, found_inf)
+    )
+    counts = [entry.numel for entry in work.updated]
+    tensors = scale, clip(optimizer, work.rows, counts, scale, found_inf), found_inf
     addresses = (0 if t is None else t.data_ptr() for t in tensors)
     return ops.Scalars(*addresses), [t for t in tensors if t is not None]

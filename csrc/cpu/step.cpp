@@ -10,6 +10,7 @@
 #include "core/check.h"
 #include "core/kept.h"
 #include "cpu/pool.h"
+#include "cpu/table.h"
 #include "rules/all.h"
 
 namespace hift::cpu {
@@ -30,19 +31,14 @@ std::int64_t whole_blocks(std::int64_t elements) {
   return (elements + generic::kBlock - 1) / generic::kBlock * generic::kBlock;
 }
 
-struct InstructionSet {
-  const char* name;
-  const RuleEntry* table;
-};
-
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", baseline::table()}};
+  std::vector<InstructionSet> sets{{"baseline", baseline::table(), baseline::square_sums()}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back({"avx2", avx2::table()});
+    sets.push_back({"avx2", avx2::table(), avx2::square_sums()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", avx512::table()});
+      sets.push_back({"avx512", avx512::table(), avx512::square_sums()});
     }
   }
 #endif
@@ -150,6 +146,8 @@ std::vector<std::string> instruction_sets() {
   for (const InstructionSet& set : available()) names.emplace_back(set.name);
   return names;
 }
+
+const InstructionSet& set_in_use() { return *current().load(); }
 
 std::string instruction_set() { return current().load()->name; }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "core/norm.h"
 #include "core/span.h"
 
 namespace hift {
@@ -13,6 +14,10 @@ namespace hift {
 /// Updates elements [begin, end) of the span; gradients are multiplied by `grad_factor` first.
 using UpdateRange = void (*)(const Span& span, std::int64_t begin, std::int64_t end,
                              float grad_factor);
+
+/// Sums the squares of each of a gradient's blocks [begin, end).
+using SquareSums = void (*)(const Gradient& gradient, std::int64_t begin, std::int64_t end,
+                            double* sums);
 
 struct RuleEntry {
   const char* name;
@@ -27,12 +32,28 @@ struct RuleEntry {
 
 namespace baseline {
 const RuleEntry* table();
-}
+const SquareSums* square_sums();  // by DType
+}  // namespace baseline
 namespace avx2 {
 const RuleEntry* table();
-}
+const SquareSums* square_sums();
+}  // namespace avx2
 namespace avx512 {
 const RuleEntry* table();
-}
+const SquareSums* square_sums();
+}  // namespace avx512
+
+namespace cpu {
+
+struct InstructionSet {
+  const char* name;
+  const RuleEntry* table;
+  const SquareSums* square_sums;
+};
+
+/// The one chosen for this process.
+const InstructionSet& set_in_use();
+
+}  // namespace cpu
 
 }  // namespace hift
