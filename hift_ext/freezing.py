@@ -43,15 +43,17 @@ class Freezer:
 
     def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
         """Stops gradients of those of a group's parameters that have them."""
-        trained = [param for param in params if param.requires_grad]
-        for param in trained:
-            param.requires_grad = False
-        self._frozen.setdefault(group, []).extend(trained)
+        trained = self._frozen.setdefault(group, [])
+        for param in params:
+            if param.requires_grad:
+                param.requires_grad = False
+                trained.append(param)
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""
-        for param in self._frozen.pop(group, ()):
+        for param in self._frozen.get(group, ()):
             param.requires_grad = True
+        self._frozen.pop(group, None)  # last: an interrupted thaw is repeated
 
     def frozen(self) -> set[int]:
         """The `id` of every parameter that is frozen by this optimizer now."""
@@ -91,11 +93,18 @@ class FreezeHook:
     def __init__(self, optimizer: HiFTOptimizer | None, frozen_names: tuple[str, ...] = ()) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
+        self._seen: tuple[int, int] | None = None  # the turn whose members were looked at
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer.freeze_inactive():
+        if optimizer is None or optimizer._closed:
+            return
+        turn = (optimizer.pass_index, optimizer.active)
+        if turn != self._seen:
+            check_members(module, optimizer)
+            self._seen = turn
+        if optimizer.freeze_inactive():
             check_ddp(sum(len(group.params) for group in optimizer.groups))
 
     def is_dead(self) -> bool:
@@ -106,6 +115,28 @@ class FreezeHook:
         optimizer = None if self._optimizer is None else self._optimizer()
         names = self.frozen_names if optimizer is None else optimizer.frozen_names()
         return FreezeHook, (None, names)
+
+
+def check_members(module: nn.Module, optimizer: HiFTOptimizer) -> None:
+    """Refuses a module in which the active group's parameters were replaced by unknown ones.
+
+    Raises:
+        RuntimeError: A parameter's name stands for another one now, which nobody would train.
+    """
+    group = optimizer.groups[optimizer.active]
+    for name, known in zip(group.names, group.params, strict=True):
+        try:
+            found = module.get_parameter(name)
+        except AttributeError:  # nameless, renamed (a parametrization), or taken out
+            continue
+        if found is known or not found.requires_grad or found in optimizer.state.entries:
+            continue
+        if all(p is not known for p in module.parameters()):
+            raise RuntimeError(
+                f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
+                "assignment, to_empty(), or .to() a device of another kind): the new one would not "
+                "be trained. Make a new optimizer, or copy the new values into the old parameter"
+            )
 
 
 def check_ddp(trained: int) -> None:

@@ -148,9 +148,18 @@ class StateEngine(Protocol):
         """Adds groups; `counts[g][i]` elements for item i of group g."""
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self,
+        group: int,
+        rows: list[Row],
+        hypers: Hypers,
+        scalars: Scalars,
+        following: int,
+        done: list[bool],
     ) -> Report:
-        """Updates `group`; then `following` starts to move in (-1: nothing)."""
+        """Updates `group`; then `following` starts to move in (-1: nothing).
+
+        `done` gets an element in the call that updates, so that an interrupt cannot part the two.
+        """
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """An item's stream, flat, float32: a view where state rests in memory, else a copy."""
@@ -240,22 +249,29 @@ class PagedEngine:
         self._engine.add_groups(counts)
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self,
+        group: int,
+        rows: list[Row],
+        hypers: Hypers,
+        scalars: Scalars,
+        following: int,
+        done: list[bool],
     ) -> Report:
         """Updates `group` on torch's number of threads, or behind its current stream's work."""
         threads = torch.get_num_threads()
         stream = 0 if self._cuda is None else cuda_stream(self._cuda)
-        return Report(*self._engine.step(group, rows, hypers, *scalars, threads, following, stream))
+        report = self._engine.step(group, rows, hypers, *scalars, threads, following, stream, done)
+        return Report(*report)
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """A view with a storage of its own for host memory, else a copy."""
         if count == 0:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32, device="cpu")
         if self._in_memory:
             return torch.frombuffer(
                 self._engine.view(group, item, stream, count), dtype=torch.float32
             )
-        copy = torch.empty(count)
+        copy = torch.empty(count, dtype=torch.float32, device="cpu")
         self._engine.read(group, item, stream, 0, count, copy.data_ptr())
         return copy
 
@@ -319,7 +335,13 @@ class ResidentEngine:
         return state
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self,
+        group: int,
+        rows: list[Row],
+        hypers: Hypers,
+        scalars: Scalars,
+        following: int,
+        done: list[bool],
     ) -> Report:
         """Updates `group` by one call over all its parameters."""
         states_of = {number: states for number, states, _ in RULES.values()}
@@ -332,9 +354,9 @@ class ResidentEngine:
             spans.append((param, grad, count, code, addresses, hypers[hyper]))
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            _ext.cuda_step_spans(spans, *scalars, self._device.index, stream)
+            _ext.cuda_step_spans(spans, *scalars, self._device.index, stream, done)
         else:
-            _ext.step_spans(spans, *scalars, torch.get_num_threads())
+            _ext.step_spans(spans, *scalars, torch.get_num_threads(), done)
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
 

@@ -21,7 +21,13 @@ class TritonEngine(ResidentEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
     def step(
-        self, group: int, rows: list[Row], hypers: Hypers, scalars: Scalars, following: int
+        self,
+        group: int,
+        rows: list[Row],
+        hypers: Hypers,
+        scalars: Scalars,
+        following: int,
+        done: list[bool],
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
 
@@ -38,5 +44,6 @@ class TritonEngine(ResidentEngine):
             spans.append(triton_step.Span(p, g, state, rule, hypers[hyper]))
         tensors = (at(address, 1, 0) if address else None for address in scalars)
         triton_step.step(spans, triton_step.Scalars(*tensors))
+        done.append(True)
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
