@@ -61,9 +61,8 @@ def book(optimizer: HiFTOptimizer) -> None:
     step = optimizer._under_way
     if step is None or not step.done:
         return
-    with torch.no_grad():
-        for p, copy in step.copies:
-            p.copy_(copy)
+    for p, copy in step.copies:
+        p.detach().copy_(copy)  # an interrupt in the midst of no_grad() would leave it on
     for row, entry in zip(step.rows, step.updated, strict=True):
         entry.visits = step.settings[row[4]][1] + 1
     if step.found_inf is not None:
@@ -80,7 +79,27 @@ def pass_on(optimizer: HiFTOptimizer, after: dict[str, Any]) -> None:
     optimizer.param_groups[0]["hift"] = after
 
 
-def interrupted(optimizer: HiFTOptimizer, before: dict[str, Any]) -> None:
+def all_or_nothing(optimizer: HiFTOptimizer, found_inf: torch.Tensor | None) -> None:
+    """Takes the optimizer's turn, one thread at a time; what interrupts it finds it whole.
+
+    Raises:
+        RuntimeError: This thread is in the midst of a step.
+    """
+    turnstile = optimizer._turnstile
+    with turnstile.lock:
+        turnstile.enter()
+        before = optimizer._schedule.as_dict
+        try:
+            turnstile.stepping = True
+            optimizer._take_turn(found_inf)
+        except BaseException:
+            _interrupted(optimizer, before)
+            raise
+        finally:
+            turnstile.stepping = False
+
+
+def _interrupted(optimizer: HiFTOptimizer, before: dict[str, Any]) -> None:
     """Makes of a step that raised either a whole one or none.
 
     Args:

@@ -102,7 +102,8 @@ class FreezeHook:
             return
         turn = (optimizer.pass_index, optimizer.active)
         if turn != self._seen:
-            check_members(module, optimizer)
+            # functional_call() replaces parameters while it lasts: step() looks again.
+            optimizer._suspect = replaced_member(module, optimizer) is not None
             self._seen = turn
         if optimizer.freeze_inactive():
             check_ddp(sum(len(group.params) for group in optimizer.groups))
@@ -117,14 +118,12 @@ class FreezeHook:
         return FreezeHook, (None, names)
 
 
-def check_members(module: nn.Module, optimizer: HiFTOptimizer) -> None:
-    """Refuses a module in which the active group's parameters were replaced by unknown ones.
-
-    Raises:
-        RuntimeError: A parameter's name stands for another one now, which nobody would train.
-    """
+def replaced_member(module: nn.Module, optimizer: HiFTOptimizer) -> str | None:
+    """Name of a parameter of the active group that stands for another, unknown one now."""
     group = optimizer.groups[optimizer.active]
     for name, known in zip(group.names, group.params, strict=True):
+        if type(known) is not nn.Parameter:  # FSDP2 exchanges its parameters all the time
+            continue
         try:
             found = module.get_parameter(name)
         except AttributeError:  # nameless, renamed (a parametrization), or taken out
@@ -132,11 +131,23 @@ def check_members(module: nn.Module, optimizer: HiFTOptimizer) -> None:
         if found is known or not found.requires_grad or found in optimizer.state.entries:
             continue
         if all(p is not known for p in module.parameters()):
-            raise RuntimeError(
-                f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
-                "assignment, to_empty(), or .to() a device of another kind): the new one would not "
-                "be trained. Make a new optimizer, or copy the new values into the old parameter"
-            )
+            return name
+    return None
+
+
+def check_members(module: nn.Module, optimizer: HiFTOptimizer) -> None:
+    """Refuses a module in which the active group's parameters were replaced by unknown ones.
+
+    Raises:
+        RuntimeError: A parameter's name stands for another one now, which nobody would train.
+    """
+    name = replaced_member(module, optimizer)
+    if name is not None:
+        raise RuntimeError(
+            f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
+            "assignment, to_empty(), or .to() a device of another kind): the new one would not be "
+            "trained. Make a new optimizer, or copy the new values into the old parameter"
+        )
 
 
 def check_ddp(trained: int) -> None:

@@ -104,8 +104,14 @@ def _check_shape(state_dict: Mapping[str, Any]) -> None:
             raise TypeError(f"state[{key!r}] of the loaded state_dict is {say(entry)}, not a dict")
 
 
-def _check_tensor(where: str, value: Any, p: torch.Tensor, numel: int) -> None:
+def _check_tensor(
+    optimizer: HiFTOptimizer, name: str, value: Any, p: torch.Tensor, numel: int
+) -> None:
     """Refuses what cannot be copied into a parameter's pages."""
+    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and p.numel() == numel
+    if fits and value.layout is torch.strided and not (value.is_complex() or value.is_meta):
+        return
+    where = f"the loaded {name} of {optimizer._say(p)}"
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{where} is {say(value)}, not a tensor")
     if tuple(value.shape) != tuple(p.shape):
@@ -115,14 +121,13 @@ def _check_tensor(where: str, value: Any, p: torch.Tensor, numel: int) -> None:
             f"{where} fits the parameter's {p.numel()} elements, and pages were laid out for "
             f"{numel}: make a new optimizer"
         )
-    if value.layout is not torch.strided or value.is_complex() or value.is_meta:
-        raise TypeError(
-            f"{where} is a {value.layout} tensor of {value.dtype} on {value.device}: state is "
-            "dense, real and not on 'meta'"
-        )
+    raise TypeError(
+        f"{where} is a {value.layout} tensor of {value.dtype} on {value.device}: state is dense, "
+        "real and not on 'meta'"
+    )
 
 
-def _count(where: str, value: Any) -> int:
+def _count(optimizer: HiFTOptimizer, p: torch.Tensor, value: Any) -> int:
     """A `step` as a number of visits."""
     try:
         count = float(value)
@@ -130,7 +135,9 @@ def _count(where: str, value: Any) -> int:
             return int(count)
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise ValueError(f"{where} is {value!r}: a step is a whole number, 0 or more")
+    raise ValueError(
+        f"the loaded step of {optimizer._say(p)} is {value!r}: a step is a whole number, 0 or more"
+    )
 
 
 def _merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,10 +190,10 @@ def _checked_state(
             )
         known = optimizer.state.entries[p].numel if optimizer.state.engine else p.numel()
         for name, value in found.items():
-            _check_tensor(f"the loaded {name} of {optimizer._say(p)}", value, p, known)
+            _check_tensor(optimizer, name, value, p, known)
         count = 1
         if optimizer.has_step:
-            count = _count(f"the loaded step of {optimizer._say(p)}", entry.get("step"))
+            count = _count(optimizer, p, entry.get("step"))
         values[p] = found
         if count > 0:
             visits[p] = count

@@ -16,8 +16,15 @@ from torch import nn
 from typing_extensions import Self, Unpack
 
 from hift_ext import interchange, layout, ops, settings
-from hift_ext.booking import Step, Turnstile, book, interrupted, pass_on
-from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
+from hift_ext.booking import Step, Turnstile, all_or_nothing, book, pass_on
+from hift_ext.freezing import (
+    OTHER_OPEN,
+    FreezeHook,
+    Freezer,
+    check_members,
+    frozen_in_copy,
+    other_keeper,
+)
 from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, checked
@@ -125,6 +132,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._report = ops.Report()
         self._notices = Notices()
         self._under_way: Step | None = None
+        self._suspect = False  # whether a member of the active group was seen to be replaced
         self._members = settings.members(self)
         self._closed = False
         self._frozen_for = -1
@@ -246,24 +254,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss  # the scaler skips this step: the group keeps its turn
-        turnstile = self._turnstile
-        with turnstile.lock:
-            turnstile.enter()
-            before = self._schedule.as_dict
-            try:
-                turnstile.stepping = True
-                self._step(found_inf)
-            except BaseException:
-                interrupted(self, before)
-                raise
-            finally:
-                turnstile.stepping = False
+        all_or_nothing(self, found_inf)
         return loss
 
-    def _step(self, found_inf: torch.Tensor | None) -> None:
+    def _take_turn(self, found_inf: torch.Tensor | None) -> None:
         self._check_open()
         schedule = self._schedule
         settings.check_unchanged(self, whole=schedule.latched is None)
+        if self._suspect and self._model is not None:
+            check_members(self._model, self)
         if schedule.latched is None:
             self._latch()
         passes, engine = schedule.pass_index, self.state.engine
