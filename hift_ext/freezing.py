@@ -103,7 +103,7 @@ class FreezeHook:
         turn = (optimizer.pass_index, optimizer.active)
         if turn != self._seen:
             # functional_call() replaces parameters while it lasts: step() looks again.
-            optimizer._suspect = replaced_member(module, optimizer) is not None
+            optimizer._suspect = replaced_member(module, optimizer)
             self._seen = turn
         if optimizer.freeze_inactive():
             check_ddp(sum(len(group.params) for group in optimizer.groups))
@@ -119,30 +119,39 @@ class FreezeHook:
 
 
 def replaced_member(module: nn.Module, optimizer: HiFTOptimizer) -> str | None:
-    """Name of a parameter of the active group that stands for another, unknown one now."""
+    """Name of a parameter of the active group that stands for another, unknown one now.
+
+    To be called before the group is thawed: a copy of a frozen parameter does not require gradients
+    either, and one that the user put in frozen is meant to be.
+    """
     group = optimizer.groups[optimizer.active]
     for name, known in zip(group.names, group.params, strict=True):
-        if type(known) is not nn.Parameter:  # FSDP2 exchanges its parameters all the time
+        found = _found(module, name)
+        # FSDP2's parameters, of another type, change places all the time.
+        if found is None or found is known or type(known) is not nn.Parameter:
             continue
-        try:
-            found = module.get_parameter(name)
-        except AttributeError:  # nameless, renamed (a parametrization), or taken out
-            continue
-        if found is known or not found.requires_grad or found in optimizer.state.entries:
-            continue
-        if all(p is not known for p in module.parameters()):
+        meant = found in optimizer.state.entries or any(p is known for p in module.parameters())
+        if not meant and (found.requires_grad or id(known) in optimizer._freezer.frozen()):
             return name
     return None
 
 
-def check_members(module: nn.Module, optimizer: HiFTOptimizer) -> None:
-    """Refuses a module in which the active group's parameters were replaced by unknown ones.
+def _found(module: nn.Module, name: str) -> torch.Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:  # nameless, renamed (by a parametrization), or taken out
+        return None
+
+
+def check_member(module: nn.Module, optimizer: HiFTOptimizer, name: str) -> None:
+    """Refuses a module in which a parameter of the active group is still replaced.
 
     Raises:
-        RuntimeError: A parameter's name stands for another one now, which nobody would train.
+        RuntimeError: Its name stands for another one, which nobody would train.
     """
-    name = replaced_member(module, optimizer)
-    if name is not None:
+    group = optimizer.groups[optimizer.active]
+    known = dict(zip(group.names, group.params, strict=True)).get(name)
+    if known is not None and _found(module, name) is not known:
         raise RuntimeError(
             f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
             "assignment, to_empty(), or .to() a device of another kind): the new one would not be "

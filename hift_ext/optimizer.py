@@ -21,7 +21,7 @@ from hift_ext.freezing import (
     OTHER_OPEN,
     FreezeHook,
     Freezer,
-    check_members,
+    check_member,
     frozen_in_copy,
     other_keeper,
 )
@@ -132,7 +132,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._report = ops.Report()
         self._notices = Notices()
         self._under_way: Step | None = None
-        self._suspect = False  # whether a member of the active group was seen to be replaced
+        self._suspect: str | None = None  # a member of the active group that was replaced
         self._members = settings.members(self)
         self._closed = False
         self._frozen_for = -1
@@ -261,8 +261,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._check_open()
         schedule = self._schedule
         settings.check_unchanged(self, whole=schedule.latched is None)
-        if self._suspect and self._model is not None:
-            check_members(self._model, self)
+        if self._suspect is not None and self._model is not None:
+            check_member(self._model, self, self._suspect)
         if schedule.latched is None:
             self._latch()
         passes, engine = schedule.pass_index, self.state.engine

@@ -50,6 +50,10 @@ def test_gradients_that_are_not_finite(case, scaled, value) -> None:
         torch.testing.assert_close(tensor, expected[name], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+class Own(torch.Tensor):
+    """A subclass without behaviour of its own."""
+
+
 GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transposed": lambda p: torch.arange(24.0).view(6, 4).t(),
     "every second row": lambda p: torch.arange(48.0).view(8, 6)[::2],
@@ -58,7 +62,7 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "the parameter itself": lambda p: p.data,
     "negated": lambda p: torch.complex(p.data, torch.arange(24.0).view(4, 6)).conj().imag,
     "with a graph": lambda p: torch.ones(4, 6, requires_grad=True) * 2,
-    "subclass": lambda p: torch.ones(4, 6).as_subclass(type("Own", (torch.Tensor,), {})),
+    "subclass": lambda p: torch.ones(4, 6).as_subclass(Own),
 }
 
 

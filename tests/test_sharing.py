@@ -132,6 +132,7 @@ def test_a_fork_while_another_thread_steps_does_not_hang_the_child() -> None:
         p = torch.nn.Parameter(torch.zeros(1000))
         p.grad = torch.ones(1000)
         optimizer = hift_ext.SGD([p], lr=1.0, layers_per_group="all", momentum=0.9)
+        optimizer.step()  # the state belongs to this process
         stop = threading.Event()
 
         def work():
