@@ -147,6 +147,11 @@ Scaling scaling_of(std::int64_t grad_scale, std::int64_t clip, std::int64_t foun
   return s;
 }
 
+/// Tells the caller, before any line of Python can be interrupted, that the update was made.
+void note_done(const py::object& done) {
+  if (!done.is_none()) py::cast<py::list>(done).append(true);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = HIFT_VERSION;
@@ -214,7 +219,7 @@ void bind_engine(py::module_& m) {
           [](Engine& engine, int group, const Rows& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
              std::int64_t clip, std::int64_t found_inf, int threads, int next, std::int64_t stream,
-             const std::vector<Draw>& draws, bool stochastic_state) {
+             const py::object& done, const std::vector<Draw>& draws, bool stochastic_state) {
             const std::vector<Update> updates = updates_of(rows, hypers, draws);
             hift::StepReport report;
             {
@@ -222,14 +227,15 @@ void bind_engine(py::module_& m) {
               report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads,
                                    next, reinterpret_cast<void*>(stream), stochastic_state);
             }
+            note_done(done);
             return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out,
                                   report.moved.wait_ms, report.moved.transfer_ms, report.update_ms,
                                   report.step_ms);
           },
           py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
           py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"),
-          py::arg("stream") = 0, py::arg("draws") = std::vector<Draw>(),
-          py::arg("stochastic_state") = false)
+          py::arg("stream") = 0, py::arg("done") = py::none(),
+          py::arg("draws") = std::vector<Draw>(), py::arg("stochastic_state") = false)
       .def(
           "read",
           [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,
@@ -327,26 +333,32 @@ PYBIND11_MODULE(_hift_ext, m) {
   m.def(
       "step_spans",
       [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
-         int threads) {
+         int threads, const py::object& done) {
         const std::vector<Span> spans = spans_of(rows);
-        py::gil_scoped_release release;
-        hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
-                        threads);
+        {
+          py::gil_scoped_release release;
+          hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                          threads);
+        }
+        note_done(done);
       },
       py::arg("rows"), py::arg("grad_scale") = 0, py::arg("clip") = 0, py::arg("found_inf") = 0,
-      py::arg("threads") = 1);
+      py::arg("threads") = 1, py::arg("done") = py::none());
 #if HIFT_CUDA
   m.def(
       "cuda_step_spans",
       [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
-         int device, std::int64_t stream) {
+         int device, std::int64_t stream, const py::object& done) {
         const std::vector<Span> spans = spans_of(rows);
-        py::gil_scoped_release release;
-        hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
-                         device, reinterpret_cast<void*>(stream));
+        {
+          py::gil_scoped_release release;
+          hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                           device, reinterpret_cast<void*>(stream));
+        }
+        note_done(done);
       },
       py::arg("rows"), py::arg("grad_scale"), py::arg("clip"), py::arg("found_inf"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("device"), py::arg("stream"), py::arg("done") = py::none());
 #endif
   bind_engine(m);
   hift::bind_norm(m);

@@ -96,6 +96,7 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
   const auto* api = exchange.get_pointer<DlExchange>();
   if (api->header.major != 1 || api->tensor_from_object == nullptr) return py::none();
   static PyObject* const name = PyUnicode_InternFromString("grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const auto look = [&](PyObject* object, Flat* flat) {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     bool known = false;
@@ -106,7 +107,15 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
       PyErr_Clear();  // it has no elements in a row: Python says what is wrong with it, if anything
       return false;
     }
-    return flatten(tensor, device, flat);
+    if (!flatten(tensor, device, flat)) return false;
+    if (flat->data == 0 && flat->count > 0) return false;
+    // An imaginary part may be lazily negated, which DLPack cannot say; only with one element is
+    // it row-major.
+    if (flat->count != 1) return true;
+    const auto negated =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, is_neg));
+    if (!negated) throw py::error_already_set();
+    return negated.ptr() == Py_False;
   };
   std::vector<std::int64_t> rule_of;
   for (const py::handle& rule : rules) rule_of.push_back(rule.cast<std::int64_t>());

@@ -94,7 +94,7 @@ Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_p
 Engine::~Engine() = default;
 
 void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   PageTable table = table_;
   std::vector<std::vector<Item>> items = items_;
   const std::int64_t unit = item_elements(table_.streams());
@@ -216,7 +216,7 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const
 
 StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling,
                         int threads, int next, void* stream, bool stochastic_state) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   const auto start = Clock::now();
   throw_deferred();
   check(group, updates);
@@ -313,7 +313,7 @@ const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t beg
 
 void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
                   std::byte* to) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   // Over the bus, pages change in host memory.
   compute_->wait();
   pager_->read(group, stream, item(group, index, begin, count).begin + begin, count, to);
@@ -321,7 +321,7 @@ void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin,
 
 void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin,
                    std::int64_t count, const std::byte* from) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   // Over the bus, pages change in host memory.
   compute_->wait();
   pager_->write(group, stream, item(group, index, begin, count).begin + begin, count, from);
@@ -329,7 +329,7 @@ void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin
 
 std::byte* Engine::address(int group, std::int64_t index, int stream,
                            std::shared_ptr<Slab>* owner) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   const Item& it = item(group, index, 0, 0);
   check_argument(stream >= 0 && stream < static_cast<int>(streams().size()), "stream ", stream,
                  " is not one of ", streams().size());
@@ -350,10 +350,17 @@ std::byte* Engine::address(int group, std::int64_t index, int stream,
 }
 
 void Engine::prefetch(int group) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
                  table_.groups());
   pager_->prefetch(group);
+}
+
+std::unique_lock<std::mutex> Engine::enter() {
+  // Before the lock: a fork may have come while another thread held it, and that thread is not
+  // here.
+  owner_.check("the optimizer's state");
+  return std::unique_lock<std::mutex>(mutex_);
 }
 
 void Engine::throw_deferred() {
@@ -361,7 +368,7 @@ void Engine::throw_deferred() {
 }
 
 void Engine::flush() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   throw_deferred();
   // All state is to be in the store.
   compute_->wait();

@@ -15,6 +15,7 @@
 #include "core/span.h"
 #include "engine_compute.h"
 #include "paging/file_store.h"
+#include "paging/owner.h"
 #include "paging/pager.h"
 #include "paging/store.h"
 
@@ -111,6 +112,8 @@ class Engine {
   };
   const Item& item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const;
   struct Step;
+  /// Locks the engine. Throws in a forked child.
+  std::unique_lock<std::mutex> enter();
   void make_pager();
   void throw_deferred();
   void update_in_place(const Step& step);
@@ -119,6 +122,7 @@ class Engine {
   std::byte* reach(const Page& page, const PageView& view, int stream, std::int64_t begin) const;
   void check(int group, const std::vector<Update>& updates) const;
 
+  OwnerProcess owner_;
   EngineOptions options_;
   std::mutex mutex_;
   PageTable table_;

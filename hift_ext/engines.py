@@ -60,9 +60,13 @@ class StateEngine(Protocol):
         hypers: Hypers,
         scalars: Scalars,
         following: int,
+        done: list[bool],
         draws: Sequence[Draw] = (),
     ) -> Report:
-        """Updates `group`; then `following` starts to move in (-1: nothing)."""
+        """Updates `group`; then `following` starts to move in (-1: nothing).
+
+        `done` gets an element in the call that updates, so that an interrupt cannot part the two.
+        """
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """The stored values of an item's `count` elements, flat: a view or, from a file, a copy."""
@@ -179,25 +183,25 @@ class PagedEngine(NormEngine):
         hypers: Hypers,
         scalars: Scalars,
         following: int,
+        done: list[bool],
         draws: Sequence[Draw] = (),
     ) -> Report:
         """Updates `group` on torch's number of threads, or behind its current stream's work."""
         threads = torch.get_num_threads()
         stream = 0 if self._cuda is None else ops.cuda_stream(self._cuda)
         random = (draws, self._stochastic) if draws else ()
-        return Report(
-            *self._engine.step(group, rows, hypers, *scalars, threads, following, stream, *random)
-        )
+        place = threads, following, stream, done
+        return Report(*self._engine.step(group, rows, hypers, *scalars, *place, *random))
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """A view with a storage of its own for host memory, else a copy."""
         stored = self._stored[stream]
         if count == 0:
-            return torch.empty(0, dtype=stored.dtype)
+            return torch.empty(0, dtype=stored.dtype, device="cpu")
         if self._in_memory:
             view = self._engine.view(group, item, stream, count)
             return torch.frombuffer(view, dtype=stored.dtype)
-        copy = torch.empty(stored.numel(count), dtype=stored.dtype)
+        copy = torch.empty(stored.numel(count), dtype=stored.dtype, device="cpu")
         self._engine.read(group, item, stream, 0, count, copy.data_ptr())
         return copy
 
@@ -279,6 +283,7 @@ class ResidentEngine(NormEngine):
         hypers: Hypers,
         scalars: Scalars,
         following: int,
+        done: list[bool],
         draws: Sequence[Draw] = (),
     ) -> Report:
         """Updates `group` by one call over all its parameters."""
@@ -302,9 +307,9 @@ class ResidentEngine(NormEngine):
             spans.append((param, grad, count, code, addresses[:states], hypers[hyper], how))
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            ops.ext.cuda_step_spans(spans, *scalars, self._device.index, stream)
+            ops.ext.cuda_step_spans(spans, *scalars, self._device.index, stream, done)
         else:
-            ops.ext.step_spans(spans, *scalars, torch.get_num_threads())
+            ops.ext.step_spans(spans, *scalars, torch.get_num_threads(), done)
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
 

@@ -51,8 +51,9 @@ class Freezer:
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""
-        for param in self._frozen.pop(group, ()):
+        for param in self._frozen.get(group, ()):
             param.requires_grad = True
+        self._frozen.pop(group, None)  # last: an interrupted thaw is repeated
 
     def frozen(self) -> set[int]:
         """The `id` of every parameter that is frozen by this optimizer now."""
@@ -92,11 +93,19 @@ class FreezeHook:
     def __init__(self, optimizer: HiFTOptimizer | None, frozen_names: tuple[str, ...] = ()) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
+        self._seen: tuple[int, int] | None = None  # the turn whose members were looked at
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer.freeze_inactive():
+        if optimizer is None or optimizer._closed:
+            return
+        turn = (optimizer.pass_index, optimizer.active)
+        if turn != self._seen:
+            # functional_call() replaces parameters while it lasts: step() looks again.
+            optimizer._suspect = replaced_member(module, optimizer)
+            self._seen = turn
+        if optimizer.freeze_inactive():
             check_ddp(sum(len(group.params) for group in optimizer.groups))
 
     def is_dead(self) -> bool:
@@ -107,6 +116,47 @@ class FreezeHook:
         optimizer = None if self._optimizer is None else self._optimizer()
         names = self.frozen_names if optimizer is None else optimizer.frozen_names()
         return FreezeHook, (None, names)
+
+
+def replaced_member(module: nn.Module, optimizer: HiFTOptimizer) -> str | None:
+    """Name of a parameter of the active group that stands for another, unknown one now.
+
+    To be called before the group is thawed: a copy of a frozen parameter does not require gradients
+    either, and one that the user put in frozen is meant to be.
+    """
+    group = optimizer.groups[optimizer.active]
+    for name, known in zip(group.names, group.params, strict=True):
+        found = _found(module, name)
+        # FSDP2's parameters, of another type, change places all the time.
+        if found is None or found is known or type(known) is not nn.Parameter:
+            continue
+        meant = found in optimizer.state.entries or any(p is known for p in module.parameters())
+        if not meant and (found.requires_grad or id(known) in optimizer._freezer.frozen()):
+            return name
+    return None
+
+
+def _found(module: nn.Module, name: str) -> torch.Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:  # nameless, renamed (by a parametrization), or taken out
+        return None
+
+
+def check_member(module: nn.Module, optimizer: HiFTOptimizer, name: str) -> None:
+    """Refuses a module in which a parameter of the active group is still replaced.
+
+    Raises:
+        RuntimeError: Its name stands for another one, which nobody would train.
+    """
+    group = optimizer.groups[optimizer.active]
+    known = dict(zip(group.names, group.params, strict=True)).get(name)
+    if known is not None and _found(module, name) is not known:
+        raise RuntimeError(
+            f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
+            "assignment, to_empty(), or .to() a device of another kind): the new one would not be "
+            "trained. Make a new optimizer, or copy the new values into the old parameter"
+        )
 
 
 def check_ddp(trained: int) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ext.booking import Turnstile
 from hift_ext.freezing import FreezeHook, Freezer
 from hift_ext.layout import order_entries
 from hift_ext.paged_state import PagedState
+from hift_ext.schedule import checked_schedule
+from hift_ext.settings import members
+from hift_ext.tree import say
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -27,18 +32,22 @@ MASTERS = ("master", "master_low")
 
 def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     """Implements `HiFTOptimizer.load_state_dict`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"a state_dict is a dict, not a {type(state_dict).__name__}")
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = pre_hook(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
 
+    _check_shape(state_dict)
     groups = _merged_groups(optimizer, state_dict["param_groups"])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [p for group in groups for p in group["params"]]
     param_of = dict(zip(saved_ids, members, strict=True))
     group_of = {p: group for group in groups for p in group["params"]}
     values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
+    saved_schedule = checked_schedule(groups[0].get("hift"))
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
@@ -58,11 +67,18 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     for p, entry in state.entries.items():
         if p in values:
             state.write(entry, values[p])
-        elif entry.visits:
-            state.write(entry, {s.name: torch.full(p.shape, s.fill) for s in entry.streams})
+        elif entry.visits and entry.streams:
+            state.write(
+                entry,
+                {
+                    s.name: torch.full(
+                        (entry.numel,), s.fill, dtype=torch.float32, device="cpu"
+                    ).view(entry.shape)
+                    for s in entry.streams
+                },
+            )
         entry.visits = visits.get(p, 0)
 
-    saved_schedule = groups[0].get("hift")
     if saved_schedule is not None:
         problem = optimizer._schedule.load(saved_schedule, len(optimizer._groups))
         if problem is not None:
@@ -74,6 +90,58 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
         optimizer.freeze_inactive()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _check_shape(state_dict: Mapping[str, Any]) -> None:
+    """Refuses what is no optimizer's state_dict."""
+    for name, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(name), kind):
+            raise TypeError(
+                f"an optimizer's state_dict has 'state' (a dict) and 'param_groups' (a list); here "
+                f"{name!r} is {say(state_dict.get(name))}, among {', '.join(map(str, state_dict))}"
+            )
+    for number, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"param_groups[{number}] of the loaded state_dict has no 'params'")
+    for key, entry in state_dict["state"].items():
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"state[{key!r}] of the loaded state_dict is {say(entry)}, not a dict")
+
+
+def _check_tensor(
+    optimizer: HiFTOptimizer, name: str, value: Any, p: torch.Tensor, numel: int
+) -> None:
+    """Refuses what cannot be copied into a parameter's pages."""
+    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and p.numel() == numel
+    if fits and value.layout is torch.strided and not (value.is_complex() or value.is_meta):
+        return
+    where = f"the loaded {name} of {optimizer._say(p)}"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where} is {say(value)}, not a tensor")
+    if tuple(value.shape) != tuple(p.shape):
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+    if p.numel() != numel:
+        raise ValueError(
+            f"{where} fits the parameter's {p.numel()} elements, and pages were laid out for "
+            f"{numel}: make a new optimizer"
+        )
+    raise TypeError(
+        f"{where} is a {value.layout} tensor of {value.dtype} on {value.device}: state is dense, "
+        "real and not on 'meta'"
+    )
+
+
+def _count(optimizer: HiFTOptimizer, p: torch.Tensor, value: Any) -> int:
+    """A `step` as a number of visits."""
+    try:
+        count = float(value)
+        if count >= 0 and count.is_integer():
+            return int(count)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(
+        f"the loaded step of {optimizer._say(p)} is {value!r}: a step is a whole number, 0 or more"
+    )
 
 
 def _merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,14 +193,13 @@ def _checked_state(
                 f"the loaded state of {optimizer._say(p)} lacks {', '.join(absent)}; it has "
                 f"{', '.join(map(str, entry)) or 'nothing'}: was it saved by another optimizer?"
             )
+        known = optimizer.state.entries[p].numel if optimizer.state.engine else p.numel()
         for name, value in found.items():
-            if tuple(value.shape) != tuple(p.shape):
-                raise ValueError(
-                    f"the loaded {name} of {optimizer._say(p)} has shape {tuple(value.shape)}, the "
-                    f"parameter {tuple(p.shape)}"
-                )
+            _check_tensor(optimizer, name, value, p, known)
+        count = 1
+        if optimizer.has_step:
+            count = _count(optimizer, p, entry.get("step"))
         values[p] = found
-        count = int(entry["step"]) if optimizer.has_step else 1
         if count > 0:
             visits[p] = count
     if left_out:
@@ -146,7 +213,7 @@ def _checked_state(
 def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
     optimizer._check_open()
-    hidden = {"state", "_freezer", "_hook"}
+    hidden = {"state", "_freezer", "_hook", "_turnstile", "_under_way", "_members"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
     with optimizer.state.masters():
         kept["saved_values"] = [
@@ -166,6 +233,8 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     torch.optim.Optimizer.__setstate__(optimizer, kept)
     optimizer._freezer = Freezer()
     optimizer._hook = None
+    optimizer._turnstile, optimizer._under_way = Turnstile(), None
+    optimizer._members = members(optimizer)
     optimizer._frozen_for = -1
     for p in frozen:
         p.requires_grad_(True)

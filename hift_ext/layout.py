@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("hift_ext")
 
 
-def enter(optimizer: HiFTOptimizer, params: Sequence[torch.Tensor]) -> None:
-    """Opens the books for one more group of parameters."""
+def enter(optimizer: HiFTOptimizer, added: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Opens the books for more groups of parameters."""
     groups = optimizer.param_groups
     number_of = {p: number for number, group in enumerate(groups) for p in group["params"]}
-    index = len(optimizer._entries)
-    optimizer._entries.append(
-        [
-            Entry(p, index, item, number_of[p], optimizer.streams(groups[number_of[p]]))
-            for item, p in enumerate(params)
-        ]
-    )
+    for params in added:
+        index = len(optimizer._entries)
+        optimizer._entries.append(
+            [
+                Entry(p, index, item, number_of[p], optimizer.streams(groups[number_of[p]]))
+                for item, p in enumerate(params)
+            ]
+        )
     order_entries(optimizer)
 
 
@@ -125,7 +126,7 @@ def join(optimizer: HiFTOptimizer, param_group: dict[str, Any]) -> None:
     names = tuple(known.get(p, "") for p in trainable)
     number = len(optimizer.param_groups) - 1
     optimizer._groups.append(Group(f"added {number}: {names[0]}", tuple(trainable), names))
-    enter(optimizer, trainable)
+    enter(optimizer, [trainable])
     if engine is not None:
         for entry in optimizer._entries[index]:
             entry.lay_out()

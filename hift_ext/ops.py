@@ -104,7 +104,7 @@ class Stored(NamedTuple):
     @property
     def pattern(self) -> int:
         """The bits of `fill`."""
-        value = torch.tensor([self.fill]).to(self.dtype).view(torch.uint8).tolist()
+        value = torch.tensor([self.fill], device="cpu").to(self.dtype).view(torch.uint8).tolist()
         return int.from_bytes(bytes(value), "little")
 
 

@@ -6,7 +6,7 @@ What is not offered raises here, at construction, with what is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -125,3 +125,21 @@ def _offered(name: str, value: object, values: tuple[object, ...]) -> None:
     if value not in values:
         offered = ", ".join(map(repr, values))
         raise ValueError(f"{name}={value!r} is not offered by this version; offered: {offered}")
+
+
+def check_offered(defaults: Mapping[str, Any]) -> None:
+    """Refuses what torch's own classes offer and these cannot.
+
+    Raises:
+        ValueError: It was asked for.
+    """
+    if defaults.get("capturable"):
+        raise ValueError(
+            "capturable=True is not offered: pages move and groups change on the host's clock, "
+            "which a CUDA graph cannot replay"
+        )
+    if defaults.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not offered: the fused update writes weights and state in "
+            "place, out of autograd's sight"
+        )

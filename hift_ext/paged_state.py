@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -58,6 +59,12 @@ class Entry:
         self.numel, self.shape, self.strides = p.numel(), p.shape, tuple(strides)
         self.contiguous = torch.empty_strided(p.shape, strides, device="meta").is_contiguous()
 
+    def follow(self) -> None:
+        """Takes over another shape of as many elements, where both are row-major."""
+        p = self.param
+        if p.shape != self.shape and self.contiguous and p.numel() == self.numel:
+            self.shape, self.strides = p.shape, torch.empty(p.shape, device="meta").stride()
+
     def laid_out(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A copy of `tensor` with the state's strides, on the tensor's device."""
         copy = torch.empty_strided(self.shape, self.strides, dtype=dtype, device=tensor.device)
@@ -65,6 +72,8 @@ class Entry:
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's elements lie in memory in the state's order."""
+        if tensor.is_neg():
+            return False
         if self.contiguous:
             return tensor.is_contiguous()
         return tensor.stride() == self.strides
@@ -95,7 +104,7 @@ class Flag:
     """
 
     def __init__(self, found_inf: torch.Tensor) -> None:
-        self._value = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._value = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
         self._value.copy_(found_inf.reshape(()), non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(found_inf.device))
@@ -141,7 +150,8 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
 
     def doubt(self, entries: Sequence[Entry], flag: Flag) -> None:
         """The entries' last visits count only if `flag` is not raised."""
-        self._unsettled.append((flag, entries))
+        if all(flag is not known for known, _ in self._unsettled):
+            self._unsettled.append((flag, entries))
 
     def settle(self, group: int | None = None) -> None:
         """Takes back visits that were none: of one group and what is known of others, or of all."""
@@ -180,11 +190,12 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         entry = self.entries[param]
         values: dict[str, torch.Tensor] = {}
         if self._has_step:
-            values["step"] = torch.tensor(float(entry.visits))
+            values["step"] = torch.tensor(float(entry.visits), dtype=torch.float32, device="cpu")
         for number, stream in enumerate(entry.streams):
             if self.engine is None:  # there from the start, and no step yet
                 values[stream.name] = torch.full_like(param, stream.fill, dtype=torch.float32)
                 continue
+            entry.follow()
             flat = self._read(entry, number)
             values[stream.name] = flat.as_strided(entry.shape, entry.strides)
         if self._with_masters and self.engine is not None and self.precision.master is not None:
@@ -220,12 +231,22 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         scales = self.engine.tensor(entry.group, entry.item, self._scale(number), entry.numel)
         return precision.decoded(flat, scales, entry.numel, entry.streams[number].signed)
 
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "optimizer.state shows state that lies in pages: entries cannot be set or removed. "
+            "Change their tensors in place (optimizer.state[p]['exp_avg'].zero_(); not with "
+            "store='disk', which shows copies), or use load_state_dict()"
+        )
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = _refuse
+
     def __repr__(self) -> str:
         return f"PagedState of {len(self)} parameters"
 
     def write(self, entry: Entry, values: Mapping[str, torch.Tensor]) -> None:
         """Copies tensors of any type, device and strides into a parameter's pages."""
         assert self.engine is not None
+        entry.follow()
         for number, stream in enumerate(entry.streams):
             flat = _flat(entry, values[stream.name], self.precision)
             place = entry.group, entry.item
@@ -249,7 +270,7 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         if self.precision.master == "fp32":
             return whole
         if weights.dtype != torch.bfloat16:  # a float32 weight is its own master
-            return torch.zeros(entry.numel, dtype=torch.int16)
+            return torch.zeros(entry.numel, dtype=torch.int16, device="cpu")
         return precision.low_of(whole, weights)
 
 

@@ -131,7 +131,7 @@ def check_rule(precision: Precision, rule: str, streams: Sequence[StreamSpec]) -
 def decoded(codes: torch.Tensor, scales: torch.Tensor, numel: int, signed: bool) -> torch.Tensor:
     """State kept as 8-bit codes, as `numel` floats on the CPU."""
     codes, scales = codes.cpu().contiguous(), scales.cpu().contiguous()
-    to = torch.empty(numel)
+    to = torch.empty(numel, dtype=torch.float32, device="cpu")
     ops.decode(codes, scales, signed, to)
     return to
 
@@ -139,8 +139,8 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, numel: int, signed: bool)
 def encoded(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (uint8, whole blocks) and scales (float32, one a block) of flat float32 values."""
     blocks = -(-values.numel() // BLOCK)
-    codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8)
-    scales = torch.zeros(blocks)
+    codes = torch.zeros(blocks * BLOCK, dtype=torch.uint8, device="cpu")
+    scales = torch.zeros(blocks, dtype=torch.float32, device="cpu")
     ops.encode(values, signed, codes, scales)
     return codes, scales
 

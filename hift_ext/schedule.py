@@ -6,6 +6,7 @@ The schedule lives in a plain dict, `param_groups[0]["hift"]`, which torch's sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ def make_order(order: str | Sequence[int], count: int, seed: int) -> list[int]:
                 f"not {order!r}"
             )
         if order == "random":
-            generator = torch.Generator().manual_seed(seed)
-            shuffled: list[int] = torch.randperm(count, generator=generator).tolist()
+            generator = torch.Generator("cpu").manual_seed(seed)
+            shuffled: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
             return shuffled
         return list(range(count)) if order == "bottom2up" else list(reversed(range(count)))
     indices = list(order)
@@ -44,6 +45,38 @@ def make_order(order: str | Sequence[int], count: int, seed: int) -> list[int]:
             f"not {indices!r}"
         )
     return [int(index) for index in indices]
+
+
+def checked_schedule(saved: Any) -> Mapping[str, Any] | None:
+    """A schedule from a state_dict, its numbers as such; None where there was none.
+
+    Raises:
+        ValueError: It is none that `Schedule` can have written.
+    """
+    if saved is None:
+        return None
+    try:
+        rates = None if saved["lr"] is None else [float(rate) for rate in saved["lr"]]
+        passes = int(saved["pass"])
+        found = {
+            "order": [int(index) for index in saved["order"]],
+            "position": int(saved["position"]),
+            "pass": passes,
+            "lr": rates,
+            "seed": int(saved["seed"]),
+        }
+        good = passes >= 0 and rates != [] and all(map(math.isfinite, rates or ()))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the loaded param_groups[0]['hift'] is no schedule: {saved!r} ({error!r}). Without "
+            "the key a state_dict loads as torch's do, and the order begins anew"
+        ) from error
+    if not good:
+        raise ValueError(
+            f"the loaded param_groups[0]['hift'] has a pass below 0 or a learning rate that is no "
+            f"number: {saved!r}"
+        )
+    return found
 
 
 class Schedule:
@@ -95,20 +128,20 @@ class Schedule:
         """Fixes the learning rates of this pass."""
         self._become({**self._now, "lr": list(rates)})
 
-    def go_back(self, before: dict[str, Any]) -> None:
-        """To what `as_dict` was before a step that failed."""
-        self._become(before)
-
-    def advance(self) -> bool:
-        """Moves on to the next group. Returns whether a pass ended."""
+    def next(self) -> dict[str, Any]:
+        """What `as_dict` will be after this group's step."""
         now = self._now
         position = now["position"] + 1
         if position < len(now["order"]):
-            self._become({**now, "position": position})
-            return False
-        order, self._added = now["order"] + self._added, []
-        self._become({**now, "order": order, "position": 0, "pass": now["pass"] + 1, "lr": None})
-        return True
+            return {**now, "position": position}
+        order = now["order"] + self._added
+        return {**now, "order": order, "position": 0, "pass": now["pass"] + 1, "lr": None}
+
+    def become(self, now: dict[str, Any]) -> None:
+        """Takes over a dict that `next` or `as_dict` gave."""
+        if now["pass"] > self._now["pass"]:
+            self._added = []  # `next` has put them into the order
+        self._become(now)
 
     def add(self, index: int) -> None:
         """One more group, from the next pass on (at once where this pass has not begun)."""
@@ -118,24 +151,15 @@ class Schedule:
             self._added.append(index)
 
     def load(self, saved: Mapping[str, Any], count: int) -> str | None:
-        """Takes over a saved schedule of `count` groups.
+        """Takes over a schedule that `checked_schedule` gave, of `count` groups.
 
         Returns:
             None, or why the saved order does not fit: then a new pass begins in its own order.
         """
-        order = [int(index) for index in saved["order"]]
-        position = int(saved["position"])
+        order, position = saved["order"], saved["position"]
         if sorted(order) == list(range(count)) and 0 <= position < count:
             self._added = []
-            self._become(
-                {
-                    "order": order,
-                    "position": position,
-                    "pass": int(saved["pass"]),
-                    "lr": None if saved["lr"] is None else [float(rate) for rate in saved["lr"]],
-                    "seed": int(saved["seed"]),
-                }
-            )
+            self._become(dict(saved))
             return None
-        self._become({**self._now, "position": 0, "pass": int(saved["pass"]), "lr": None})
+        self._become({**self._now, "position": 0, "pass": saved["pass"], "lr": None})
         return f"the saved order is of {len(order)} groups, this optimizer has {count}"

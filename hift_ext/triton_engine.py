@@ -32,6 +32,7 @@ class TritonEngine(ResidentEngine):
         hypers: Hypers,
         scalars: Scalars,
         following: int,
+        done: list[bool],
         draws: Sequence[Draw] = (),
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
@@ -46,6 +47,7 @@ class TritonEngine(ResidentEngine):
             spans.append(triton_step.Span(p, g, state, rule, hypers[hyper]))
         tensors = (at(address, 1, 0) if address else None for address in scalars)
         triton_step.step(spans, triton_step.Scalars(*tensors))
+        done.append(True)
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
 

@@ -16,8 +16,10 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hift_ext import ops
+from hift_ext.booking import Step, book
 from hift_ext.clipping import clip
-from hift_ext.paged_state import Entry, Flag, Turn
+from hift_ext.paged_state import Entry, Turn
+from hift_ext.settings import folded
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 def update_group(
     optimizer: HiFTOptimizer, entries: Sequence[Entry], found_inf: torch.Tensor | None
 ) -> ops.Report | None:
-    """Updates those of one group's parameters that have gradients, and counts their visit.
+    """Updates those of one group's parameters that have gradients, and books the step.
 
     Returns:
         What was moved, or None where no parameter has a gradient.
@@ -53,21 +55,19 @@ def update_group(
     # The kernel writes behind autograd's back: a backward through an older forward must raise.
     # Before the step, which pushes all of this out of the processor's caches.
     torch.autograd.graph.increment_version(params)
-    for entry in work.updated:
-        entry.visits += 1
-    try:
-        report = engine.step(schedule.active, work.rows, hypers, scalars, schedule.following, draws)
-    except BaseException:
-        for entry in work.updated:
-            entry.visits -= 1
-        raise
-    if found_inf is not None and found_inf.device.type != "cpu":
-        state.doubt(work.updated, Flag(found_inf))
+    known = found_inf is None or found_inf.device.type == "cpu"
+    step = optimizer._under_way = Step(
+        work.updated,
+        [entry.visits + 1 for entry in work.updated],
+        work.copies,
+        schedule.next(),
+        None if known else found_inf,
+    )
+    report = engine.step(
+        schedule.active, work.rows, hypers, scalars, schedule.following, step.done, draws
+    )
     del tensors  # on a GPU their memory is used again in stream order, after the kernel
-    if work.copies:
-        with torch.no_grad():
-            for p, copy in work.copies:
-                p.copy_(copy)
+    book(optimizer)
     return report
 
 
@@ -162,8 +162,11 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
             grad.layout is not torch.strided
             or (p.numel(), p.get_device()) != (entry.numel, device)
             or (grad.numel(), grad.get_device()) != (entry.numel, device)
+            or (p.shape != entry.shape and not (entry.fits(p) and entry.contiguous))
+            or (entry.numel > 0 and (p.data_ptr() == 0 or grad.data_ptr() == 0))
         ):
             _refuse(optimizer, entry, grad)
+        entry.follow()
         rule = optimizer.rule(optimizer.param_groups[entry.number])
         code = ops.kind(rule, p.dtype, grad.dtype, optimizer._precision.ways)
         index = index_of.setdefault((entry.number, entry.visits), len(index_of))
@@ -215,7 +218,10 @@ def _hypers(optimizer: HiFTOptimizer, number: int, visits: int) -> tuple[float, 
     assert latched is not None
     # A param_group added in the middle of a pass has no latched rate before the next.
     lr = latched[number] if number < len(latched) else float(group["lr"])
-    return (-1.0 if group.get("maximize") else 1.0, *optimizer.hyper(group, lr, visits + 1))
+    return (
+        -1.0 if group.get("maximize") else 1.0,
+        *folded(optimizer, number, group, lr, visits + 1),
+    )
 
 
 def _check_fits(optimizer: HiFTOptimizer, number: int) -> None:
@@ -234,6 +240,19 @@ def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
         raise RuntimeError(
             f"{type(optimizer).__name__} does not support sparse gradients ({name} has a "
             f"{grad.layout} one): make the embedding with sparse=False"
+        )
+    if (p.get_device(), grad.get_device()) == (optimizer._device_index,) * 2 and (
+        p.shape == entry.shape and p.numel() == grad.numel()
+    ):
+        what = "gradient" if grad.data_ptr() == 0 else "memory"
+        raise RuntimeError(
+            f"the {what} of {name} is not there (its storage was set to size 0, or it is a "
+            "symbolic zero): bring it back before step()"
+        )
+    if p.shape != entry.shape and p.numel() == entry.numel == grad.numel():
+        raise RuntimeError(
+            f"{name} had the shape {tuple(entry.shape)} when its state was laid out; now it has "
+            f"{tuple(p.shape)} and strides {p.stride()}: make it contiguous, or a new optimizer"
         )
     if p.numel() != entry.numel or grad.numel() != entry.numel:
         raise RuntimeError(
