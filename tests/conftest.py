@@ -26,6 +26,9 @@ hypothesis.settings.register_profile("wide", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("same")
 
 MOST_WORKERS = 8  # each holds torch and compiles: a large machine has cores, not the memory
+# Their module's fixtures take seconds to make: one worker runs them all. Not `--dist loadgroup`,
+# which groups nothing under pytest 9.2 (pytest-xdist issue 1386).
+TOGETHER = {"test_gpu_check", "test_machine_code", "test_state_dict", "test_triton_compile"}
 
 
 def _flushes() -> bool:
@@ -143,14 +146,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a module's fixture goes to one worker, or each would make it for itself."""
-    for item in items:
-        for name, definitions in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
-            if definitions[-1].scope == "module":
-                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}.{name}"))
-                break
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hands out tests one by one, and the modules in TOGETHER whole."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::")[0]
+            return module if Path(module).stem in TOGETHER else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
