@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hift_ext.distributed import Watch
+
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
@@ -91,12 +93,14 @@ class FreezeHook:
     def __init__(self, optimizer: HiFTOptimizer | None, frozen_names: tuple[str, ...] = ()) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
+        self._watch = Watch()
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer.freeze_inactive():
-            check_ddp(sum(len(group.params) for group in optimizer.groups))
+        if optimizer is not None:
+            optimizer.freeze_inactive()
+            self._watch(optimizer, module)
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""
@@ -106,26 +110,6 @@ class FreezeHook:
         optimizer = None if self._optimizer is None else self._optimizer()
         names = self.frozen_names if optimizer is None else optimizer.frozen_names()
         return FreezeHook, (None, names)
-
-
-def check_ddp(trained: int) -> None:
-    """Refuses a DistributedDataParallel that was made when parameters were frozen already.
-
-    Its reducer knows only what required a gradient then, and would not average the rest.
-
-    Raises:
-        RuntimeError: Fewer parameters are registered than are trained in turn.
-    """
-    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is None:
-        return
-    registered = int(ddp._get_ddp_logging_data().get("num_parameter_tensors", trained))
-    if registered < trained:
-        raise RuntimeError(
-            f"DistributedDataParallel registered {registered} parameters and HiFT trains {trained} "
-            "in turn: wrap the model before its first forward under the optimizer, while all "
-            "require gradients"
-        )
 
 
 def frozen_in_copy(model: nn.Module | None) -> set[str]:

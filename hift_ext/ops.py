@@ -47,8 +47,8 @@ Hypers = Sequence[Sequence[float]]
 Row = tuple[int, int, int, int, int]
 """Item, parameter address, gradient address, kind, index into the hypers of the step."""
 
-Wanted = tuple[torch.Tensor, int, int, int]
-"""Parameter, item, elements, index into the hypers of the step."""
+Wanted = tuple[torch.Tensor, int, int, int] | tuple[torch.Tensor, int, int, int, torch.Tensor]
+"""Parameter, item, elements, index into the hypers of the step; its gradient, if not in `.grad`."""
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # older torch has none
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
@@ -102,7 +102,7 @@ def plain_rows(wanted: list[Wanted], rules: Sequence[str], device: int) -> list[
     """The rows of those `wanted` that have gradients.
 
     Args:
-        wanted: Parameters of one group.
+        wanted: Parameters of one group; of a DTensor the local part, with the gradient's.
         rules: Name of the rule for each index of hypers.
         device: A CUDA device's index, or -1 for the host.
 

@@ -47,6 +47,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
     _device: torch.device
     _device_index: int
     _stream_count: int
+    _sharded: bool
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
 
@@ -138,7 +139,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
             self.freeze_inactive()
             return
         interchange.drop_dead_hooks(self._model)
-        self._hook = self._model.register_forward_pre_hook(FreezeHook(self))
+        # Before other hooks: FSDP2's takes over requires_grad from the shards it gathers.
+        self._hook = self._model.register_forward_pre_hook(FreezeHook(self), prepend=True)
 
     def _names(self) -> dict[torch.Tensor, str]:
         if self._model is not None:
@@ -149,17 +151,12 @@ class HiFTOptimizer(torch.optim.Optimizer):
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
 
-    def freeze_inactive(self) -> bool:
-        """Lets only the active group have gradients. Called by the model's forward pre-hook.
-
-        Returns:
-            Whether this was the first time.
-        """
+    def freeze_inactive(self) -> None:
+        """Lets only the active group have gradients. Called by the model's forward pre-hook."""
         active = self._schedule.active
         if self._closed or self._frozen_for == active or len(self._groups) == 1:
-            return False
-        first = self._frozen_for < 0
-        if first:
+            return
+        if self._frozen_for < 0:
             self._freezer.claim(p for group in self._groups for p in group.params)
             before = range(len(self._groups))
         else:
@@ -169,7 +166,6 @@ class HiFTOptimizer(torch.optim.Optimizer):
                 self._freezer.freeze(index, self._groups[index].params)
         self._freezer.thaw(active)
         self._frozen_for = active
-        return first
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hift_ext.ops import StateEngine, StreamSpec
+from hift_ext.sharding import like, local, part_for
 
 
 @dataclass(eq=False, slots=True)
@@ -25,7 +26,7 @@ class Entry:
         number: Index of its param_group.
         streams: Its state, in the rule's order.
         visits: Steps that updated it.
-        numel: Elements when the state was laid out.
+        numel: Elements when the state was laid out: of this rank's part, where it is sharded.
         shape: Shape then.
         strides: Strides of the state, in elements: the parameter's own where those have no gaps.
         contiguous: Whether these are row-major.
@@ -44,7 +45,7 @@ class Entry:
 
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""
-        p = self.param
+        p = local(self.param)
         # empty_like keeps the strides of dense tensors only.
         strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
         if p.stride() != strides:
@@ -149,7 +150,7 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
                 values[stream.name] = torch.full_like(param, stream.fill, dtype=torch.float32)
                 continue
             flat = self.engine.tensor(entry.group, entry.item, number, entry.numel)
-            values[stream.name] = flat.as_strided(entry.shape, entry.strides)
+            values[stream.name] = like(param, flat.as_strided(entry.shape, entry.strides))
         return values
 
     def __repr__(self) -> str:
@@ -159,6 +160,7 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         """Copies tensors of any type, device and strides into a parameter's pages."""
         assert self.engine is not None
         for number, stream in enumerate(entry.streams):
-            value = entry.laid_out(values[stream.name].detach().to("cpu"), torch.float32)
+            part = part_for(entry.param, values[stream.name])
+            value = entry.laid_out(part.to("cpu"), torch.float32)
             flat = value.as_strided((entry.numel,), (1,))
             self.engine.write(entry.group, entry.item, number, flat)

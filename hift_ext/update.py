@@ -7,7 +7,7 @@ This is the hot path of the host: it runs once a parameter and step, so it asks 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from hift_ext import ops
 from hift_ext.paged_state import Entry, Flag
+from hift_ext.sharding import is_sharded, local, place_gradient
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -37,6 +38,9 @@ def update_group(
         ValueError: Settings that need state which was not laid out.
     """
     optimizer.state.settle(optimizer._schedule.active)
+    if optimizer._sharded:
+        for entry in entries:
+            place_gradient(entry.param)
     work = _plain(optimizer, entries) or _checked(optimizer, entries)
     if not work.rows:
         return None
@@ -47,6 +51,8 @@ def update_group(
     # The kernel writes behind autograd's back: a backward through an older forward must raise.
     # Before the step, which pushes all of this out of the processor's caches.
     torch.autograd.graph.increment_version(params)
+    if optimizer._sharded:  # autograd may have saved the part on this rank instead
+        torch.autograd.graph.increment_version([local(p) for p in params if is_sharded(p)])
     for entry in work.updated:
         entry.visits += 1
     try:
@@ -102,6 +108,8 @@ def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
             return None
         wanted.append((entry.param, entry.item, entry.numel, index))
     rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in index_of]
+    if optimizer._sharded:
+        wanted = [part for row in wanted for part in _parts(*row)]
     rows = ops.plain_rows(wanted, rules, optimizer._device_index)
     if rows is None:
         return None
@@ -110,6 +118,12 @@ def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
         items = {row[0] for row in rows}
         updated = [entry for entry in entries if entry.item in items]
     return _Work(rows, list(index_of), updated)
+
+
+def _parts(param: torch.Tensor, item: int, numel: int, index: int) -> Iterator[ops.Wanted]:
+    """The row of a DTensor's local part, with the gradient's beside it; nothing without one."""
+    if param.grad is not None:
+        yield local(param), item, numel, index, local(param.grad)
 
 
 def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
@@ -122,6 +136,7 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
         if grad is None:
             continue
         optimizer._engine()  # the first gradient has it laid out
+        p, grad = local(p), local(grad)
         device = optimizer._device_index
         if (
             grad.layout is not torch.strided
@@ -186,7 +201,7 @@ def _hypers(optimizer: HiFTOptimizer, number: int, visits: int) -> tuple[float, 
 
 
 def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
-    p, name = entry.param, optimizer._say(entry.param)
+    p, name = local(entry.param), optimizer._say(entry.param)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{type(optimizer).__name__} does not support sparse gradients ({name} has a "
@@ -213,7 +228,8 @@ def _scalars(
     if scale is found_inf is limit is None:
         return ops.Scalars(), []
     if limit is not None:
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).float()
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = (norm.full_tensor() if is_sharded(norm) else norm).float()  # type: ignore[attr-defined]
         if scale is not None:
             norm = norm / scale.to(norm.device)
         clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
