@@ -151,12 +151,17 @@ class HiFTOptimizer(torch.optim.Optimizer):
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
 
-    def freeze_inactive(self) -> None:
-        """Lets only the active group have gradients. Called by the model's forward pre-hook."""
+    def freeze_inactive(self) -> bool:
+        """Lets only the active group have gradients. Called by the model's forward pre-hook.
+
+        Returns:
+            Whether this was the first time.
+        """
         active = self._schedule.active
         if self._closed or self._frozen_for == active or len(self._groups) == 1:
-            return
-        if self._frozen_for < 0:
+            return False
+        first = self._frozen_for < 0
+        if first:
             self._freezer.claim(p for group in self._groups for p in group.params)
             before = range(len(self._groups))
         else:
@@ -166,6 +171,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
                 self._freezer.freeze(index, self._groups[index].params)
         self._freezer.thaw(active)
         self._frozen_for = active
+        return first
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""
