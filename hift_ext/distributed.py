@@ -233,7 +233,7 @@ class Watch:
         self._sharded_seen = False
 
     def __call__(self, optimizer: HiFTOptimizer, module: nn.Module) -> None:
-        """Called before `module`'s forward, with the inactive groups frozen.
+        """Called before `module`'s forward.
 
         Raises:
             RuntimeError: What `check_replica` and `check_shards` refuse.

@@ -99,8 +99,8 @@ class FreezeHook:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
-            optimizer.freeze_inactive()
             self._watch(optimizer, module)
+            optimizer.freeze_inactive()
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""

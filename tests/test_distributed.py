@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import models
@@ -203,10 +207,16 @@ def on_refusals() -> dict[str, str]:
 
     stranger = DistributedDataParallel(models.tiny(), find_unused_parameters=True)
     told["stranger"] = message_of(distributed.reduce_active, stranger, optimizer)
-    models.train(model, optimizer, [tokens])
+    first = DistributedDataParallel(model, find_unused_parameters=True)
+    models.train(first, optimizer, [tokens])
     late = DistributedDataParallel(model, find_unused_parameters=True)
     told["late"] = message_of(distributed.reduce_active, late, optimizer)
     told["late, forward"] = message_of(late, tokens)
+    optimizer.close()
+
+    around = DistributedDataParallel(model)
+    optimizer = hift_ext.AdamW(around)
+    told["wrapper"] = message_of(around, tokens)
     optimizer.close()
 
     optimizer = hift_ext.AdamW(model.named_parameters())  # freezes at once: it has no module
@@ -228,6 +238,7 @@ def test_settings_that_cannot_work_are_refused_at_start(ranks) -> None:
         for part in ("", ", forward"):
             assert "find_unused_parameters=False" in told[f"no search{part}"]
             assert "static_graph=True" in told[f"static{part}"]
+            assert "find_unused_parameters=False" in told["wrapper"]
             assert "registered 1 parameters and HiFT trains 29 in turn" in told[f"late{part}"]
         assert "registered 1 parameters" in told["names"]
         assert "does not hold 29 parameters that HiFT trains (embedding.weight" in told["stranger"]
@@ -328,3 +339,20 @@ def on_dimensions() -> list[int]:
     finally:
         distributed.difference = before
     return seen
+
+
+def test_the_example() -> None:
+    example = Path(__file__).resolve().parents[1] / "examples" / "ddp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(example)],
+        cwd=example.parents[1],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "step 11: layers.3, loss " in done.stdout
+    assert "sent 34176 of 136704 bytes" in done.stdout
