@@ -28,11 +28,19 @@ struct EngineOptions {
   std::int64_t staging = kWholeGroup;
   int readers = 2;  // threads that bring pages in from a file, and that write them back
   int writers = 2;
+  StateType state_type = StateType::kFloat32;
+  // Streams come in this order: the rule's state, a master if there is one, a scale for each state
+  // that is kept as codes.
+  int states = kEveryStream;
+  bool master = false;
 
   static constexpr std::int64_t kWholeGroup = -1;
+  static constexpr int kEveryStream = -1;
 };
 
-/// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`.
+/// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`;
+/// `key` is that of its random numbers, `shard` the number of elements before the item's where it
+/// is a part of a parameter.
 struct Update {
   std::int64_t item = 0;
   void* param = nullptr;
@@ -40,7 +48,10 @@ struct Update {
   std::int32_t rule = 0;
   DType param_dtype = DType::kFloat32;
   DType grad_dtype = DType::kFloat32;
+  Weights weights = Weights::kNearest;
   float grad_factor = 1.0f;
+  std::uint64_t key = 0;
+  std::int64_t shard = 0;
   std::array<float, kMaxHyper> hyper{};  // the rule's Hyper, float by float
   int hypers = 0;                        // of them
 };
@@ -70,9 +81,10 @@ class Engine {
   /// new to the engine comes after the last one, by the caller's care as everywhere in CUDA), and
   /// scalars and tensors must stay until that is done.
   StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling,
-                  int threads, int next, void* stream = nullptr);
+                  int threads, int next, void* stream = nullptr, bool stochastic_state = false);
 
-  /// Copies `count` elements of one stream of an item, from element `begin` of the item on.
+  /// Copies the values of `count` elements of one stream of an item, from element `begin` of the
+  /// item on. Where elements share a value, `begin` is the first of those that do.
   void read(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
             std::byte* to);
   void write(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
@@ -103,8 +115,8 @@ class Engine {
   void throw_deferred();
   void update_in_place(const Step& step);
   void update_in_ring(const Step& step);
-  std::vector<Span> spans_of(const Page& page, const PageView& view,
-                             const std::vector<Update>& updates) const;
+  std::vector<Span> spans_of(const Page& page, const PageView& view, const Step& step) const;
+  std::byte* reach(const Page& page, const PageView& view, int stream, std::int64_t begin) const;
   void check(int group, const std::vector<Update>& updates) const;
 
   EngineOptions options_;

@@ -45,10 +45,11 @@ class Freezer:
 
     def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
         """Stops gradients of those of a group's parameters that have them."""
-        trained = [param for param in params if param.requires_grad]
-        for param in trained:
-            param.requires_grad = False
-        self._frozen.setdefault(group, []).extend(trained)
+        trained = self._frozen.setdefault(group, [])
+        for param in params:
+            if param.requires_grad:
+                param.requires_grad = False
+                trained.append(param)
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""

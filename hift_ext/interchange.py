@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
 
+MASTERS = ("master", "master_low")
+"""What a state_dict holds beside torch's keys: see `HiFTOptions.master`."""
+
+
 def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     """Implements `HiFTOptimizer.load_state_dict`."""
     state_dict = dict(state_dict)
@@ -111,7 +115,8 @@ def _checked_state(
             left_out += 1
             continue
         wanted = [stream.name for stream in optimizer.streams(group_of[p])]
-        found = {name: entry[name] for name in wanted if entry.get(name) is not None}
+        masters = [name for name in MASTERS if name in entry]
+        found = {n: entry[n] for n in (*wanted, *masters) if entry.get(n) is not None}
         absent = [name for name in wanted if name not in found]
         if wanted and len(absent) == len(wanted) and not optimizer.has_step:
             continue  # torch.optim.SGD saves None before a parameter's first step
@@ -143,10 +148,11 @@ def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     optimizer._check_open()
     hidden = {"state", "_freezer", "_hook"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
-    kept["saved_values"] = [
-        (p, {k: v.clone() for k, v in entry.items() if k != "step"})
-        for p, entry in optimizer.state.items()
-    ]
+    with optimizer.state.masters():
+        kept["saved_values"] = [
+            (p, {k: v.clone() for k, v in entry.items() if k != "step"})
+            for p, entry in optimizer.state.items()
+        ]
     frozen = optimizer._freezer.frozen()
     members = (p for group in optimizer._groups for p in group.params)
     kept["saved_frozen"] = [p for p in members if id(p) in frozen]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ext import ops
+from hift_ext import precision
 from hift_ext.backend import make_engine
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, other_keeper
 from hift_ext.layers import Group
 from hift_ext.paged_state import Entry
@@ -45,9 +46,11 @@ def order_entries(optimizer: HiFTOptimizer) -> None:
     members = (p for group in optimizer.param_groups for p in group["params"])
     optimizer.state.entries = {p: entry_of[p] for p in members if p in entry_of}
     optimizer._sharded = any(map(is_sharded, entry_of))
+    for index, entry in enumerate(optimizer.state.entries.values()):
+        entry.index = index
 
 
-def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
+def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
     """Makes the engine with room for every group.
 
     Raises:
@@ -65,6 +68,9 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
     device = params[0].device
     streams = max((optimizer.streams(group) for group in optimizer.param_groups), key=len)
     options = optimizer._options
+    kept = precision.chosen(options, {p.dtype for p in params})
+    for group in optimizer.param_groups:
+        precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
     engine = make_engine(
         streams,
         device,
@@ -72,21 +78,27 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
         backend=options["backend"],
         page_bytes=options["page_bytes"],
         staging=options["staging"],
+        kept=kept,
     )
     engine.add_groups([[p.numel() for p in group] for group in parts])
     for entry in optimizer.state.entries.values():
         entry.lay_out()
+    optimizer.state.turns.clear()
+    optimizer.state.fitting.clear()
     optimizer.state.engine = engine
+    optimizer._precision = optimizer.state.precision = kept
     optimizer._device, optimizer._device_index = device, params[0].get_device()
     optimizer._stream_count = len(streams)
     log.info(
-        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB",
+        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB, %s, master %s",
         type(optimizer).__name__,
         len(optimizer._groups),
         device,
         engine.description,
         engine.store_bytes / 1e6,
         engine.staging_bytes / 1e6,
+        kept.state_dtype,
+        kept.master,
     )
     return engine
 

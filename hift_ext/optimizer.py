@@ -16,11 +16,14 @@ from torch import nn
 from typing_extensions import Self, Unpack
 
 from hift_ext import interchange, layout, ops
+from hift_ext.clipping import Reduce
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
 from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, checked
 from hift_ext.paged_state import Entry, PagedState
+from hift_ext.precision import Precision
 from hift_ext.schedule import Schedule, make_order
 from hift_ext.update import quiet, update_group
 
@@ -43,9 +46,13 @@ class HiFTOptimizer(torch.optim.Optimizer):
     has_step: ClassVar[bool] = True  # torch keeps `step` in the state
     state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
 
+    _grad_norm: torch.Tensor | None = None
+    _reduce_norm: Reduce | None = None  # where gradients are sharded: see clipping.py
+
     # Set when the state is laid out, at the first step or load.
     _device: torch.device
     _device_index: int
+    _precision: Precision
     _stream_count: int
     _sharded: bool
 
@@ -204,6 +211,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
         latched = self._schedule.latched
         return float(self.param_groups[0]["lr"]) if latched is None else latched[0]
 
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients of the last step that had some, before it was clipped.
+
+        A float32 scalar on the parameters' device, without the scaler's factor; on a GPU reading
+        its value waits for it. None before the first such step and without `max_grad_norm`.
+        """
+        return self._grad_norm
+
     def stats(self) -> dict[str, float]:
         """What the last step moved (bytes) and how long it took (milliseconds).
 
@@ -230,7 +246,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: The optimizer is closed, or a gradient is sparse or on another device.
+            RuntimeError: The optimizer is closed, a gradient is sparse or on another device, or
+                with `error_if_nonfinite` the gradients' norm is NaN or infinite.
             TypeError: A parameter or gradient type that is not offered.
             OSError: The page file could not be read or written; see the message.
         """
@@ -242,9 +259,14 @@ class HiFTOptimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss  # the scaler skips this step: the group keeps its turn
+        before = self._schedule.as_dict
         if self._schedule.latched is None:
             self._latch()
-        report = update_group(self, self._entries[self._schedule.active], found_inf)
+        try:
+            report = update_group(self, self._entries[self._schedule.active], found_inf)
+        except BaseException:
+            self._schedule.go_back(before)
+            raise
         if report is None:
             self._notices.no_gradient(self._groups[self.active].name, self.pass_index)
             if self.state.engine is not None:
@@ -273,7 +295,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if self._closed:
             raise RuntimeError("this optimizer is closed: make a new one")
 
-    def _engine(self) -> ops.StateEngine:
+    def _engine(self) -> StateEngine:
         """The engine; laid out at its first use, when the parameters' device is known."""
         return layout.lay_out(self) if self.state.engine is None else self.state.engine
 
@@ -288,6 +310,16 @@ class HiFTOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state_dict, to be loaded here or into torch.optim.
+
+        State is in the type it is kept in (8-bit state as float32). Where weights have masters,
+        each parameter's entry holds them: `master` (float32), or `master_low` (int16), the lower
+        half of what the bfloat16 weight begins.
+        """
+        with self.state.masters():
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.

@@ -50,17 +50,24 @@ class Schedule:
     """A cursor over the order; every step moves it by one.
 
     Each change makes a new dict, so a state_dict taken earlier keeps its values.
+
+    Attributes:
+        active: Index of the group that the next step updates.
+        following: Index of the group after it.
+        latched: The learning rates of this pass, one a param_group; None before its first step.
     """
 
     def __init__(self, order: Sequence[int], seed: int) -> None:
-        self._now: dict[str, Any] = {
-            "order": list(order),
-            "position": 0,
-            "pass": 0,
-            "lr": None,
-            "seed": seed,
-        }
+        self._become({"order": list(order), "position": 0, "pass": 0, "lr": None, "seed": seed})
         self._added: list[int] = []
+
+    def _become(self, now: dict[str, Any]) -> None:
+        # A step asks for these several times: looked up once.
+        self._now = now
+        order, position = now["order"], now["position"]
+        self.active: int = order[position]
+        self.following: int = order[position + 1 if position + 1 < len(order) else 0]
+        self.latched: list[float] | None = now["lr"]
 
     @property
     def as_dict(self) -> dict[str, Any]:
@@ -71,12 +78,6 @@ class Schedule:
     def order(self) -> list[int]:
         """Group indices in the order of their turns."""
         return list(self._now["order"])
-
-    @property
-    def active(self) -> int:
-        """Index of the group that the next step updates."""
-        index: int = self._now["order"][self._now["position"]]
-        return index
 
     @property
     def position(self) -> int:
@@ -90,40 +91,29 @@ class Schedule:
         index: int = self._now["pass"]
         return index
 
-    @property
-    def latched(self) -> list[float] | None:
-        """The learning rates of this pass, one a param_group; None before its first step."""
-        rates: list[float] | None = self._now["lr"]
-        return rates
-
     def latch(self, rates: Sequence[float]) -> None:
         """Fixes the learning rates of this pass."""
-        self._now = {**self._now, "lr": list(rates)}
+        self._become({**self._now, "lr": list(rates)})
 
-    @property
-    def following(self) -> int:
-        """Index of the group after the active one."""
-        order = self._now["order"]
-        if self._now["position"] + 1 < len(order):
-            return int(order[self._now["position"] + 1])
-        return int(order[0])
+    def go_back(self, before: dict[str, Any]) -> None:
+        """To what `as_dict` was before a step that failed."""
+        self._become(before)
 
     def advance(self) -> bool:
         """Moves on to the next group. Returns whether a pass ended."""
-        now = dict(self._now)
-        now["position"] += 1
-        ended: bool = now["position"] == len(now["order"])
-        if ended:
-            now.update(position=0, lr=None, order=now["order"] + self._added)
-            now["pass"] += 1
-            self._added = []
-        self._now = now
-        return ended
+        now = self._now
+        position = now["position"] + 1
+        if position < len(now["order"]):
+            self._become({**now, "position": position})
+            return False
+        order, self._added = now["order"] + self._added, []
+        self._become({**now, "order": order, "position": 0, "pass": now["pass"] + 1, "lr": None})
+        return True
 
     def add(self, index: int) -> None:
         """One more group, from the next pass on (at once where this pass has not begun)."""
         if self.position == 0 and self.latched is None:
-            self._now = {**self._now, "order": [*self._now["order"], index]}
+            self._become({**self._now, "order": [*self._now["order"], index]})
         else:
             self._added.append(index)
 
@@ -137,13 +127,15 @@ class Schedule:
         position = int(saved["position"])
         if sorted(order) == list(range(count)) and 0 <= position < count:
             self._added = []
-            self._now = {
-                "order": order,
-                "position": position,
-                "pass": int(saved["pass"]),
-                "lr": None if saved["lr"] is None else [float(rate) for rate in saved["lr"]],
-                "seed": int(saved["seed"]),
-            }
+            self._become(
+                {
+                    "order": order,
+                    "position": position,
+                    "pass": int(saved["pass"]),
+                    "lr": None if saved["lr"] is None else [float(rate) for rate in saved["lr"]],
+                    "seed": int(saved["seed"]),
+                }
+            )
             return None
-        self._now = {**self._now, "position": 0, "pass": int(saved["pass"]), "lr": None}
+        self._become({**self._now, "position": 0, "pass": int(saved["pass"]), "lr": None})
         return f"the saved order is of {len(order)} groups, this optimizer has {count}"

@@ -6,6 +6,8 @@ State, pages and updates are of the local part; what a user sees has the paramet
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from typing import Any
 
@@ -37,6 +39,24 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():  # with gradients it would be a view with a history
         part: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
+
+
+def first_element(param: torch.Tensor) -> int:
+    """Elements of a whole parameter before this rank's part (of one that is cut into rows)."""
+    if not is_sharded(param):
+        return 0
+    placed: Any = param
+    return _rows_before(placed.device_mesh, placed.placements, placed.shape) * math.prod(
+        placed.shape[1:]
+    )
+
+
+@functools.cache
+def _rows_before(mesh: Any, placements: Any, shape: torch.Size) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return int(offsets[0]) if offsets else 0
 
 
 def place_gradient(param: torch.Tensor) -> None:
