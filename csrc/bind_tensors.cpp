@@ -122,10 +122,11 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
   Rows rows;
   rows.all.reserve(wanted.size());
   for (const py::handle& row : wanted) {
-    check_argument(PyTuple_Check(row.ptr()) && PyTuple_GET_SIZE(row.ptr()) == 4,
-                   "a parameter's row is a tuple of four");
+    const Py_ssize_t size = PyTuple_Check(row.ptr()) ? PyTuple_GET_SIZE(row.ptr()) : 0;
+    check_argument(size == 4 || size == 5, "a parameter's row is a tuple of four, or of five");
     PyObject* const param = PyTuple_GET_ITEM(row.ptr(), 0);
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+    const auto grad = size == 5 ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(row.ptr(), 4))
+                                : py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     Flat p, g;

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hift_ext.distributed import Watch
+
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
@@ -94,19 +96,20 @@ class FreezeHook:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
         self._seen: tuple[int, int] | None = None  # the turn whose members were looked at
+        self._watch = Watch()
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None or optimizer._closed:
             return
+        self._watch(optimizer, module)
         turn = (optimizer.pass_index, optimizer.active)
         if turn != self._seen:
             # functional_call() replaces parameters while it lasts: step() looks again.
             optimizer._suspect = replaced_member(module, optimizer)
             self._seen = turn
-        if optimizer.freeze_inactive():
-            check_ddp(sum(len(group.params) for group in optimizer.groups))
+        optimizer.freeze_inactive()
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""
@@ -156,26 +159,6 @@ def check_member(module: nn.Module, optimizer: HiFTOptimizer, name: str) -> None
             f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
             "assignment, to_empty(), or .to() a device of another kind): the new one would not be "
             "trained. Make a new optimizer, or copy the new values into the old parameter"
-        )
-
-
-def check_ddp(trained: int) -> None:
-    """Refuses a DistributedDataParallel that was made when parameters were frozen already.
-
-    Its reducer knows only what required a gradient then, and would not average the rest.
-
-    Raises:
-        RuntimeError: Fewer parameters are registered than are trained in turn.
-    """
-    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is None:
-        return
-    registered = int(ddp._get_ddp_logging_data().get("num_parameter_tensors", trained))
-    if registered < trained:
-        raise RuntimeError(
-            f"DistributedDataParallel registered {registered} parameters and HiFT trains {trained} "
-            "in turn: wrap the model before its first forward under the optimizer, while all "
-            "require gradients"
         )
 
 

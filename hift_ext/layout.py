@@ -18,6 +18,7 @@ from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, other_keeper
 from hift_ext.layers import Group
 from hift_ext.paged_state import Entry
+from hift_ext.sharding import is_sharded, local
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -45,6 +46,7 @@ def order_entries(optimizer: HiFTOptimizer) -> None:
     entry_of = {entry.param: entry for group in optimizer._entries for entry in group}
     members = (p for group in optimizer.param_groups for p in group["params"])
     optimizer.state.entries = {p: entry_of[p] for p in members if p in entry_of}
+    optimizer._sharded = any(map(is_sharded, entry_of))
     for index, entry in enumerate(optimizer.state.entries.values()):
         entry.index = index
 
@@ -56,7 +58,8 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
         RuntimeError: The parameters are on several devices, or on one that is not offered.
         OSError: The page file cannot be made.
     """
-    params = [p for group in optimizer._groups for p in group.params]
+    parts = [[local(p) for p in group.params] for group in optimizer._groups]
+    params = [p for group in parts for p in group]
     devices = {p.device for p in params}
     if len(devices) > 1:
         raise RuntimeError(
@@ -78,7 +81,7 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
         staging=options["staging"],
         kept=kept,
     )
-    engine.add_groups([[p.numel() for p in group.params] for group in optimizer._groups])
+    engine.add_groups([[p.numel() for p in group] for group in parts])
     for entry in optimizer.state.entries.values():
         entry.lay_out()
     optimizer.state.turns.clear()
@@ -121,7 +124,7 @@ def join(optimizer: HiFTOptimizer, param_group: dict[str, Any]) -> None:
                 f"the new param_group needs the state {', '.join(s.name for s in streams)}, and "
                 f"pages were laid out for {optimizer._stream_count} streams"
             )
-        engine.add_groups([[p.numel() for p in trainable]])
+        engine.add_groups([[local(p).numel() for p in trainable]])
     known = optimizer._names()
     names = tuple(known.get(p, "") for p in trainable)
     number = len(optimizer.param_groups) - 1

@@ -55,8 +55,8 @@ Row = tuple[int, int, int, int, int]
 Draw = tuple[int, int]
 """Key of a row's random numbers, and elements of its parameter before the item's."""
 
-Wanted = tuple[torch.Tensor, int, int, int]
-"""Parameter, item, elements, index into the hypers of the step."""
+Wanted = tuple[torch.Tensor, int, int, int] | tuple[torch.Tensor, int, int, int, torch.Tensor]
+"""Parameter, item, elements, index into the hypers of the step; its gradient, if not in `.grad`."""
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # older torch has none
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
@@ -202,7 +202,7 @@ def plain_rows(
     """The rows of those `wanted` that have gradients.
 
     Args:
-        wanted: Parameters of one group.
+        wanted: Parameters of one group; of a DTensor the local part, with the gradient's.
         rules: Name of the rule for each index of hypers.
         device: A CUDA device's index, or -1 for the host.
         ways: How weights of each type are kept; see `hift_ext.precision.Precision.ways`.

@@ -64,6 +64,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
     _device_index: int
     _precision: Precision
     _stream_count: int
+    _sharded: bool
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
 
@@ -149,7 +150,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
             self.freeze_inactive()
             return
         interchange.drop_dead_hooks(self._model)
-        self._hook = self._model.register_forward_pre_hook(FreezeHook(self))
+        # Before other hooks: FSDP2's takes over requires_grad from the shards it gathers.
+        self._hook = self._model.register_forward_pre_hook(FreezeHook(self), prepend=True)
 
     def _names(self) -> dict[torch.Tensor, str]:
         if self._model is not None:

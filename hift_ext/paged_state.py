@@ -17,6 +17,7 @@ from hift_ext import precision
 from hift_ext.engines import StateEngine
 from hift_ext.ops import StreamSpec, Wanted
 from hift_ext.precision import Precision
+from hift_ext.sharding import like, local, part_for
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +32,7 @@ class Entry:
         streams: Its state, in the rule's order.
         visits: Steps that updated it.
         index: Its place among the trained parameters, in the order of param_groups.
-        numel: Elements when the state was laid out.
+        numel: Elements when the state was laid out: of this rank's part, where it is sharded.
         shape: Shape then.
         strides: Strides of the state, in elements: the parameter's own where those have no gaps.
         contiguous: Whether these are row-major.
@@ -51,7 +52,7 @@ class Entry:
 
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""
-        p = self.param
+        p = local(self.param)
         # empty_like keeps the strides of dense tensors only.
         strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
         if p.stride() != strides:
@@ -197,12 +198,12 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
                 continue
             entry.follow()
             flat = self._read(entry, number)
-            values[stream.name] = flat.as_strided(entry.shape, entry.strides)
+            values[stream.name] = like(param, flat.as_strided(entry.shape, entry.strides))
         if self._with_masters and self.engine is not None and self.precision.master is not None:
             number = self._master
             flat = self.engine.tensor(entry.group, entry.item, number, entry.numel)
             name = self.engine.stored[number].name
-            values[name] = flat.as_strided(entry.shape, entry.strides)
+            values[name] = like(param, flat.as_strided(entry.shape, entry.strides))
         return values
 
     @property
@@ -275,9 +276,9 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
 
 
 def _flat(entry: Entry, tensor: torch.Tensor, kept: Precision | None = None) -> torch.Tensor:
-    """A tensor's elements in the order of the state, on the CPU, of the type they are kept in."""
+    """This rank's elements of a tensor, in the state's order, on the CPU, as they are kept."""
     dtype = tensor.dtype
     if kept is not None:
         dtype = torch.bfloat16 if kept.state_dtype == torch.bfloat16 else torch.float32
-    value = entry.laid_out(tensor.detach().to("cpu"), dtype)
+    value = entry.laid_out(part_for(entry.param, tensor).to("cpu"), dtype)
     return value.as_strided((entry.numel,), (1,))

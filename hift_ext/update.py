@@ -7,7 +7,7 @@ This is the hot path of the host: it runs once a parameter and step, so it asks 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from hift_ext import ops
 from hift_ext.booking import Step, book
 from hift_ext.clipping import clip
+from hift_ext.distributed import all_reduce_sum
 from hift_ext.paged_state import Entry, Turn
 from hift_ext.settings import folded
+from hift_ext.sharding import first_element, is_sharded, local, place_gradient
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -40,6 +42,11 @@ def update_group(
     """
     state, schedule = optimizer.state, optimizer._schedule
     state.settle(schedule.active)
+    if optimizer._sharded:
+        for entry in entries:
+            place_gradient(entry.param)
+        if optimizer._options["max_grad_norm"] is not None:
+            optimizer._reduce_norm = all_reduce_sum(optimizer)
     work = _plain(optimizer, entries) or _checked(optimizer, entries)
     if not work.rows:
         return None
@@ -51,10 +58,15 @@ def update_group(
     draws: list[ops.Draw] = []
     if optimizer._precision.stochastic:
         seed = optimizer._options["seed"]
-        draws = [(ops.visit_key(seed, e.index, e.visits + 1), 0) for e in work.updated]
+        draws = [
+            (ops.visit_key(seed, e.index, e.visits + 1), first_element(e.param))
+            for e in work.updated
+        ]
     # The kernel writes behind autograd's back: a backward through an older forward must raise.
     # Before the step, which pushes all of this out of the processor's caches.
     torch.autograd.graph.increment_version(params)
+    if optimizer._sharded:  # autograd may have saved the part on this rank instead
+        torch.autograd.graph.increment_version([local(p) for p in params if is_sharded(p)])
     known = found_inf is None or found_inf.device.type == "cpu"
     step = optimizer._under_way = Step(
         work.updated,
@@ -112,6 +124,8 @@ def _plain(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work | None:
     else:
         wanted, settings = _unequal(turn.wanted, entries)
     rules = [optimizer.rule(optimizer.param_groups[number]) for number, _ in settings]
+    if optimizer._sharded:
+        wanted = [part for row in wanted for part in _parts(*row)]
     rows = ops.plain_rows(wanted, rules, optimizer._device_index, optimizer._precision.ways)
     if rows is None:
         return None
@@ -139,11 +153,17 @@ def _unequal(
 ) -> tuple[list[ops.Wanted], list[tuple[int, int]]]:
     """The same with hypers for each number of visits, and these (param_group, visits)."""
     index_of: dict[tuple[int, int], int] = {}
-    rows = [
+    rows: list[ops.Wanted] = [
         (*row[:3], index_of.setdefault((entry.number, entry.visits), len(index_of)))
         for row, entry in zip(wanted, entries, strict=True)
     ]
     return rows, list(index_of)
+
+
+def _parts(param: torch.Tensor, item: int, numel: int, index: int) -> Iterator[ops.Wanted]:
+    """The row of a DTensor's local part, with the gradient's beside it; nothing without one."""
+    if param.grad is not None:
+        yield local(param), item, numel, index, local(param.grad)
 
 
 def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
@@ -157,6 +177,7 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
         if grad is None:
             continue
         optimizer._engine()  # the first gradient has it laid out
+        p, grad = local(p), local(grad)
         device = optimizer._device_index
         if (
             grad.layout is not torch.strided
@@ -235,7 +256,7 @@ def _check_fits(optimizer: HiFTOptimizer, number: int) -> None:
 
 
 def _refuse(optimizer: HiFTOptimizer, entry: Entry, grad: torch.Tensor) -> None:
-    p, name = entry.param, optimizer._say(entry.param)
+    p, name = local(entry.param), optimizer._say(entry.param)
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{type(optimizer).__name__} does not support sparse gradients ({name} has a "
