@@ -91,9 +91,14 @@ class FreezeHook:
     def __init__(self, optimizer: HiFTOptimizer | None, frozen_names: tuple[str, ...] = ()) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
+        # A compiled model's hooks are traced. This one must run: a trace would guard on the turn.
+        self._run = torch.compiler.disable(self._freeze)
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
+        self._run()
+
+    def _freeze(self) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None and optimizer.freeze_inactive():
             check_ddp(sum(len(group.params) for group in optimizer.groups))

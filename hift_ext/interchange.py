@@ -141,7 +141,8 @@ def _checked_state(
 def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
     optimizer._check_open()
-    hidden = {"state", "_freezer", "_hook"}
+    # A scheduler puts a `step` of its own on the optimizer; in a copy it would step the original.
+    hidden = {"state", "step", "_freezer", "_hook"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
     kept["saved_values"] = [
         (p, {k: v.clone() for k, v in entry.items() if k != "step"})
