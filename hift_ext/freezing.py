@@ -44,9 +44,13 @@ class Freezer:
     def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
         """Stops gradients of those of a group's parameters that have them."""
         trained = [param for param in params if param.requires_grad]
+        if not trained:
+            return
         for param in trained:
             param.requires_grad = False
-        self._frozen.setdefault(group, []).extend(trained)
+        frozen = self._frozen.setdefault(group, [])
+        known = {id(param) for param in frozen}  # where another hand undid our freeze
+        frozen.extend(param for param in trained if id(param) not in known)
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""
@@ -100,7 +104,7 @@ class FreezeHook:
 
     def _freeze(self) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer.freeze_inactive():
+        if optimizer is not None and optimizer.freeze_inactive(everywhere=True):
             check_ddp(sum(len(group.params) for group in optimizer.groups))
 
     def is_dead(self) -> bool:
