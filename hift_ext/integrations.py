@@ -99,7 +99,8 @@ class TrainerOptimizer:
             from_args = {"lr": args.learning_rate}
         settings = {**from_args, **settings}
         decay = settings.pop("weight_decay", args.weight_decay)
-        decayed = set(Trainer.get_decay_parameter_names(None, model))  # it asks nothing of itself
+        # The method asks nothing of its Trainer, which a factory does not see.
+        decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         frozen_before = frozen_in_copy(model)
         trained = [
             (name, p)

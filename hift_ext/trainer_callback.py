@@ -115,15 +115,17 @@ def _choice(optimizer: HiFTOptimizer, clipped_at: float | None) -> str:
     ]
     return (
         f"{type(optimizer).__name__}: {len(groups)} groups, order {options['order']!r}, the "
-        f"largest {largest.name!r} ({largest.numel:,} weights), store {options['store']!r}, clipped "
-        f"by {' and '.join(clips) or 'nothing'}"
+        f"largest {largest.name!r} ({largest.numel:,} weights), store {options['store']!r}, "
+        f"clipped by {' and '.join(clips) or 'nothing'}"
     )
 
 
 def _asks_in_vain(model: Any) -> bool:
-    """Whether transformers makes the input require gradients for checkpoints that do not need it."""
+    """Whether transformers makes inputs require gradients for checkpoints that need none."""
     if not hasattr(model, "modules") or not getattr(model, "_require_grads_hook", None):
         return False
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    settings = [function.keywords for function in functions if hasattr(function, "keywords")]
+    functions = [
+        getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()
+    ]
+    settings = [getattr(function, "keywords", {}) for function in functions if function]
     return bool(settings) and not any(each.get("use_reentrant", True) for each in settings)

@@ -63,7 +63,9 @@ def test_torch_checkpoints_change_no_bit(use_reentrant, order) -> None:
 def test_reentrant_checkpoints_without_the_cure() -> None:
     """Where the loss has no gradient torch raises; where the group has none the step says so."""
     _, checked = pair(use_reentrant=True)
-    optimizer = hift_ext.AdamW(checked, lr=1e-2, groups=[["embedding"], ["blocks"], ["norm", "head"]])
+    optimizer = hift_ext.AdamW(
+        checked, lr=1e-2, groups=[["embedding"], ["blocks"], ["norm", "head"]]
+    )
     data = models.batches(3)
     models.train(checked, optimizer, data[:1])
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -76,11 +78,16 @@ def test_reentrant_checkpoints_without_the_cure() -> None:
     assert "use_reentrant=False" in str(record[0].message)
     assert not models.changed(before, checked)
     models.train(checked, optimizer, data[2:])  # above all checkpoints it trains
-    assert models.changed(before, checked) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert models.changed(before, checked) == {
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
 
 
 def trained(kind: str, prepare: Callable[[nn.Module], None]) -> tuple[nn.Module, list[int]]:
-    """A model after two passes and a half, and the groups whose backward reached the first block."""
+    """A model after ten steps, and the groups whose backward reached the first block."""
     model = hf.make(kind, dropout=0.1).train()
     prepare(model)
     optimizer = hift_ext.AdamW(model, lr=1e-2)

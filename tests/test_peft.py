@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Models wrapped by peft: adapters trained layer by layer, and all weights trained under the wrapper.
+# Models wrapped by peft: adapters trained layer by layer, and all weights under the wrapper.
 # Afterwards peft must be able to merge what was trained, as if a torch optimizer had been there.
 """peft: LoRA under HiFT, its groups, merging, and full fine-tuning of a wrapped model."""
 
@@ -25,9 +25,7 @@ TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
 
 def lora(kind: str) -> nn.Module:
     torch.manual_seed(3)
-    config = LoraConfig(
-        task_type=TASKS[kind], r=4, target_modules=TARGETS[kind], lora_dropout=0.0
-    )
+    config = LoraConfig(task_type=TASKS[kind], r=4, target_modules=TARGETS[kind], lora_dropout=0.0)
     return get_peft_model(hf.make(kind), config)
 
 

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import hf
@@ -362,3 +365,18 @@ def test_transformers_is_imported_only_when_used() -> None:
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'HFCallback'"):
         _ = hift_ext.integrations.HFCallback
+
+
+def test_example() -> None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "examples" / "trainer.py", "--steps", "6"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"'hift/bytes_out': '\d\.\d+e\+0[67]'", done.stdout)  # its state is on disk
+    assert re.search(r"held-out accuracy \d\d\.\d%", done.stdout)
