@@ -34,6 +34,7 @@ args = TrainingArguments(
     per_device_train_batch_size=16,
     learning_rate=4e-4,
     weight_decay=0.01,
+    logging_first_step=True,
     logging_steps=6,
     save_strategy="no",
     report_to="none",

@@ -75,7 +75,7 @@ class TrainerOptimizer:
         """The function that makes the optimizer of a model.
 
         Raises:
-            TypeError: A Trainer from before factories (transformers 4) gave parameters.
+            TypeError: A Trainer from before such factories gave parameters.
         """
         if params or settings:
             raise TypeError(

@@ -17,6 +17,8 @@ from torch._dynamo.utils import counters
 import hift_ext
 
 GROUPS = 4
+CONFIG = torch._dynamo.config
+LIMIT = "recompile_limit" if hasattr(CONFIG, "recompile_limit") else "cache_size_limit"  # torch 2.6
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def fresh_dynamo() -> Iterator[None]:
     """Nothing compiled, counters at zero, and the limit that the README recommends."""
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=GROUPS + 1):
+    with CONFIG.patch({LIMIT: GROUPS + 1}):
         yield
     torch._dynamo.reset()
     counters.clear()
@@ -91,7 +93,7 @@ def test_compiles_in_the_first_pass_only(way: Callable, backend: str) -> None:
 def test_blocks_need_no_more_graphs_in_a_deeper_model() -> None:
     model, optimizer = blocks(models.tiny(blocks=9), "eager")
     assert len(optimizer.groups) == 11
-    with torch._dynamo.config.patch(recompile_limit=3):
+    with CONFIG.patch({LIMIT: 3}):
         models.train(model, optimizer, models.batches(22))
     assert graphs() == 3
 
@@ -100,7 +102,7 @@ def test_too_low_a_limit_is_slower_and_still_right() -> None:
     model = models.tiny(blocks=GROUPS - 2)
     plain = models.twin(model)
     compiled, optimizer = after(model, "eager")
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with CONFIG.patch({LIMIT: 2}):
         models.train(compiled, optimizer, models.batches(2 * GROUPS))
     assert graphs() <= 2
     models.train(plain, hift_ext.AdamW(plain, lr=1e-2), models.batches(2 * GROUPS))
@@ -112,7 +114,7 @@ def test_evaluation_between_steps() -> None:
     model = models.tiny(blocks=GROUPS - 2)
     compiled, optimizer = before(model, "eager")
     seen = []
-    with torch._dynamo.config.patch(recompile_limit=2 * GROUPS):
+    with CONFIG.patch({LIMIT: 2 * GROUPS}):
         for tokens in models.batches(3 * GROUPS):
             with torch.no_grad():
                 compiled(tokens)

@@ -370,7 +370,7 @@ def test_transformers_is_imported_only_when_used() -> None:
 def test_example() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, root / "examples" / "trainer.py", "--steps", "6"],
+        [sys.executable, root / "examples" / "trainer.py", "--steps", "2"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -378,5 +378,5 @@ def test_example() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"'hift/bytes_out': '\d\.\d+e\+0[67]'", done.stdout)  # its state is on disk
+    assert "'hift/lr': '0.0004'" in done.stdout
     assert re.search(r"held-out accuracy \d\d\.\d%", done.stdout)
