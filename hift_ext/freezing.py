@@ -45,11 +45,15 @@ class Freezer:
 
     def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
         """Stops gradients of those of a group's parameters that have them."""
-        trained = self._frozen.setdefault(group, [])
-        for param in params:
-            if param.requires_grad:
-                param.requires_grad = False
-                trained.append(param)
+        trained = [param for param in params if param.requires_grad]
+        if not trained:
+            return
+        frozen = self._frozen.setdefault(group, [])
+        known = {id(param) for param in frozen}  # where another hand undid our freeze
+        for param in trained:
+            if id(param) not in known:
+                frozen.append(param)  # first: an interrupted freeze is undone
+            param.requires_grad = False
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""
@@ -97,9 +101,14 @@ class FreezeHook:
         self.frozen_names = frozen_names
         self._seen: tuple[int, int] | None = None  # the turn whose members were looked at
         self._watch = Watch()
+        # A compiled model's hooks are traced. This one must run: a trace would guard on the turn.
+        self._run = torch.compiler.disable(self._freeze)
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
+        self._run(module)
+
+    def _freeze(self, module: nn.Module) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None or optimizer._closed:
             return
@@ -109,7 +118,7 @@ class FreezeHook:
             # functional_call() replaces parameters while it lasts: step() looks again.
             optimizer._suspect = replaced_member(module, optimizer)
             self._seen = turn
-        optimizer.freeze_inactive()
+        optimizer.freeze_inactive(everywhere=True)
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""

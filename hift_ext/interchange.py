@@ -213,7 +213,8 @@ def _checked_state(
 def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
     optimizer._check_open()
-    hidden = {"state", "_freezer", "_hook", "_turnstile", "_under_way", "_members"}
+    # A scheduler puts a `step` of its own on the optimizer; in a copy it would step the original.
+    hidden = {"state", "step", "_freezer", "_hook", "_turnstile", "_under_way", "_members"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
     with optimizer.state.masters():
         kept["saved_values"] = [

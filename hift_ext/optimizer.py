@@ -162,22 +162,23 @@ class HiFTOptimizer(torch.optim.Optimizer):
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
 
-    def freeze_inactive(self) -> bool:
+    def freeze_inactive(self, *, everywhere: bool = False) -> bool:
         """Lets only the active group have gradients. Called by the model's forward pre-hook.
+
+        Args:
+            everywhere: Look at every group: others undo freezes too (peft, whenever adapters are
+                switched off and on). Otherwise only what changed with the turn is looked at.
 
         Returns:
             Whether this was the first time.
         """
-        active = self._schedule.active
-        if self._closed or self._frozen_for == active or len(self._groups) == 1:
+        active, last = self._schedule.active, self._frozen_for
+        if self._closed or len(self._groups) == 1 or (last == active and not everywhere):
             return False
-        first = self._frozen_for < 0
+        first = last < 0
         if first:
             self._freezer.claim(p for group in self._groups for p in group.params)
-            before = range(len(self._groups))
-        else:
-            before = range(self._frozen_for, self._frozen_for + 1)
-        for index in before:
+        for index in range(len(self._groups)) if first or everywhere else (last,):
             if index != active:
                 self._freezer.freeze(index, self._groups[index].params)
         self._freezer.thaw(active)
