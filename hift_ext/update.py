@@ -201,7 +201,7 @@ def _checked(optimizer: HiFTOptimizer, entries: Sequence[Entry]) -> _Work:
             work.held.append(grad)
         rows.append((entry.item, address, grad.data_ptr(), code, index))
         updated.append(entry)
-        work.params.append(p)
+        work.params.append(entry.param)
     work.settings.extend(index_of)
     return work
 
