@@ -350,7 +350,7 @@ def test_pages_pass_through_a_ring(make, monkeypatch):
     expected, _ = trained(make, monkeypatch, store="ram")
     resident, _ = trained(make, monkeypatch, store="device")
     assert all(map(torch.equal, resident, expected))
-    for seed, options in enumerate([{}, {"page_bytes": 4096, "staging": 3 * 4096}] * 2):
+    for seed, options in enumerate([{}, {"page_bytes": 4096, "staging": 2 * 4096}] * 2):
         device = LazyDevice(seed)
         paged, stats = trained(make, monkeypatch, store="ram", device=device, **options)
         assert len(paged) == len(expected)
