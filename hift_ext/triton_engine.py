@@ -141,7 +141,8 @@ class PagedTritonEngine:
                 )
             if self._rings:
                 self._rings[0].bring_home()
-                self._rings.pop().close()
+                ring = self._rings.pop()
+                ring.close()
             self._groups, self._slot_bytes = groups, slot_bytes
             self._slots = min(staging // slot_bytes, most) if slot_bytes else 0
 

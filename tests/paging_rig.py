@@ -96,6 +96,7 @@ class Training:
 
     def step(self, s: int) -> ops.Report:
         if s >= JOINS and not self.joined:
+            self.engine.prefetch(0)  # it joins while pages move
             self.engine.add_groups(GROUPS[2:])
             self.joined = True
         if s >= LOADED and not self.loaded:
@@ -250,7 +251,8 @@ def midway(cls, seed: int) -> None:
     names = cls.__init__.__globals__
     device = LazyDevice(seed)
     group = names["Group"](STREAMS, [8 * 256], 256)
-    ring = names["Ring"](device, STREAMS, 2, 2048)
+    new_ring = names["Ring"]
+    ring = new_ring(device, STREAMS, 2, 2048)
 
     def visit(number: int, value: float | None = None) -> torch.Tensor:
         """What the page holds; then it is filled with a value."""
@@ -266,6 +268,14 @@ def midway(cls, seed: int) -> None:
     def second(number, *_):
         return number == 1
 
+    visit(7, 7.0)
+    ring.bring_home()
+    ring.close()
+    ring = new_ring(device, STREAMS, 2, 2048)
+    seven = visit(7, 8.0)  # into memory that work already queued still uses
+    ring.plan([group.pages[5]])
+    ring.plan([group.pages[5], group.pages[6]])
+    eight = visit(7)  # into a slot that nothing left, while it leaves the other one
     for number in (1, 2, 3):
         visit(number, float(number))
     with refusing(device, "fill", second), pytest.raises(RuntimeError, match="refuses"):
@@ -277,6 +287,8 @@ def midway(cls, seed: int) -> None:
     five = visit(4)
     ring.bring_home()
     device.compute.synchronize()
+    assert seven.eq(7).all(), "a page came into memory that was still in use"
+    assert eight.eq(8).all(), "a page came in before it had left"
     assert one.eq(1).all(), "a fill ran into the next page"
     assert zero.eq(0).all(), "a copy ran into the next page"
     assert five.eq(5).all(), "a copy ran into the next page"
@@ -299,6 +311,13 @@ def refuse(cls, expected) -> None:
         midway(cls, seed)
     for call in range(90):
         stop(cls, 1, call, size=8)
+    host = ops.PagedEngine(STREAMS, "ram", 1 << 20, ops.WHOLE_GROUP, torch.device("cpu"))
+    changed = [Training(host), Training(*make(cls, 1, 8))]
+    for training in changed:
+        training.step(0)
+        training.engine.tensor(0, 0, 0, GROUPS[0][0]).fill_(2)  # while its page is in the ring
+        training.step(0)
+    assert same(changed[1].state(), changed[0].state()), "a change from outside"
     engine, device = make(cls, 1, 0)
     training = Training(engine, device)
     training.step(0)
