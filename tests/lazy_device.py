@@ -74,6 +74,7 @@ class LazyDevice:
         self.clock = self.calls = 0
         self.fails = -1
         self.errors: list[str] = []
+        self.kept: list[object] = []  # torch frees memory behind the work queued on it
 
     def call(self) -> None:
         """One call of the runtime; the one that is to fail does."""

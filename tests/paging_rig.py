@@ -86,6 +86,8 @@ class Training:
         self.overflow = torch.zeros(1)
         self.joined = self.loaded = False
         self.computed = -1
+        if device is not None:
+            device.kept += [self.params, self.grads, self.overflow]
         engine.add_groups(GROUPS[:2])
 
     def do(self, work) -> None:
@@ -188,12 +190,9 @@ def stop(cls, seed: int, fails: int = -1, size: int | None = None) -> None:
         with contextlib.suppress(RuntimeError):
             training.step(s)
     device.fails = -1
-    kept = training.params, training.grads, training.overflow  # torch frees behind what is queued
     del training, engine
     assert not device.registered
     assert not device.errors, device.errors
-    device.compute.synchronize()
-    del kept
 
 
 def fail(cls, size: int, call: int, expected) -> tuple[bool, bool, bool]:
