@@ -22,9 +22,6 @@ LATENCY_S = 1e-6
 ARITHMETIC_SHARE = 0.8
 """How much of memory's time arithmetic may take: above it, neither hides behind the other."""
 
-ARITHMETIC_SHARES = {("sgd", "fp16", "fp16"): 1.0}
-"""SGD moves 6 bytes a parameter in fp16 and converts twice in integer code: both take as long."""
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -292,8 +289,7 @@ def judge(kernel: Kernel, arch: Arch, cost: Cost) -> dict[str, Any]:
         verdicts["occupancy"].append(f"{blocks} blocks fit on an SM, not {kernel.min_blocks}")
     if flying < needed:
         verdicts["latency"].append(f"{flying} bytes in flight on an SM, {needed:.0f} needed")
-    types = (kernel.rule.name, kernel.param, kernel.grad)
-    if compute_s > ARITHMETIC_SHARES.get(types, ARITHMETIC_SHARE) * memory_s:
+    if compute_s > ARITHMETIC_SHARE * memory_s:
         verdicts["memory_bound"].append(
             f"arithmetic takes {1e3 * compute_s:.3f} ms, memory {1e3 * memory_s:.3f} ms"
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hift_ext import ops
+from hift_ext import ops, torch_device
 from hift_ext.engines import PagedEngine, ResidentEngine, StateEngine
 from hift_ext.precision import PLAIN, Precision
 
@@ -32,18 +32,21 @@ def cuda_missing() -> str:
 
 def _make_triton_engine(
     streams: Sequence[ops.StreamSpec],
-    kept: Precision,
     device: torch.device,
     store: str,
+    page: int,
+    ring: int,
+    kept: Precision,
     missing: str,
 ) -> StateEngine:
-    if store not in ("auto", "device"):
+    if store not in ("ram", "device"):
         raise RuntimeError(
-            f"store={store!r} is not offered with Triton, which keeps all state on the device: "
-            "pass store='device', or use the CUDA kernels" + (f" ({missing})" if missing else "")
+            f"store={store!r} is not offered with Triton, whose pages rest in host memory: pass "
+            "store='ram' or 'device', or use the CUDA kernels"
+            + (f" ({missing})" if missing else "")
         )
     try:
-        from hift_ext.triton_engine import TritonEngine
+        from hift_ext import triton_engine, triton_paged
     except ImportError as error:
         raise RuntimeError(
             f"Triton cannot update parameters on {device} ({error}): `pip install 'triton>=3.6'`"
@@ -51,10 +54,16 @@ def _make_triton_engine(
         ) from error
     if missing:
         warnings.warn(
-            f"{missing}. Until then Triton updates the weights, and all state stays on {device}",
+            f"{missing}. Until then Triton updates the weights, by a launch for each parameter and "
+            "page where the CUDA kernels need one a page, and torch moves the pages; there is no "
+            "store='disk' and no staging=0",
             stacklevel=2,
         )
-    return TritonEngine(streams, device, kept)
+    # Without state nothing moves, nor under Triton's interpreter, where all is the host's.
+    if store == "device" or not kept.stored(streams) or device.type == "cpu":
+        return triton_engine.TritonEngine(streams, device, kept)
+    gpu = torch_device.CudaDevice(device)
+    return triton_paged.PagedTritonEngine(streams, page, ring, gpu, kept)
 
 
 def make_engine(
@@ -82,12 +91,13 @@ def make_engine(
     missing = cuda_missing() if device.type == "cuda" else ""
     if missing and backend == "cuda":
         raise RuntimeError(f"backend='cuda': {missing}")
-    if backend == "triton" or missing:
-        return _make_triton_engine(streams, kept, device, store, missing)
-    if store == "device":
-        return ResidentEngine(streams, device, kept)
+    store = "ram" if store == "auto" else store
     ring = ops.WHOLE_GROUP if staging == "auto" else int(staging)
     page = ops.PAGE_BYTES[device.type] if page_bytes == "auto" else int(page_bytes)
     if page_bytes == "auto" and ring > 0:
         page = min(page, ring // 2)
-    return PagedEngine(streams, "ram" if store == "auto" else store, page, ring, device, kept)
+    if backend == "triton" or missing:
+        return _make_triton_engine(streams, device, store, page, ring, kept, missing)
+    if store == "device":
+        return ResidentEngine(streams, device, kept)
+    return PagedEngine(streams, store, page, ring, device, kept)

@@ -230,7 +230,24 @@ class Scalars(NamedTuple):
 
 def cuda_memory(size: int, device: torch.device) -> torch.Tensor:
     """Bytes from torch's allocator, so that its figures and caps include them."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    # Pages come in on a stream of their own, and queued work may use the memory for what it was.
+    torch.cuda.current_stream(device).synchronize()
+    return memory
+
+
+def host_slab(size: int) -> Any:
+    """A buffer of host memory, zero, of this size and not rounded up to a power of two.
+
+    Nothing is committed before it is touched; forked children do not inherit it. It is freed with
+    its last view.
+
+    Raises:
+        OSError: There is no room.
+    """
+    engine = _ext.Engine([(1, 0.0)], "ram", size, 0, readers=1, writers=1)
+    engine.add_groups([[size]])
+    return engine.view(0, 0, 0, size)
 
 
 def cuda_stream(device: torch.device) -> int:

@@ -1,29 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State beside the parameters, updated by Triton: what a GPU gets without this build's kernels.
+"""State that Triton updates: what a GPU gets without this build's kernels.
 
-Apart from ops.py, since it imports triton, which takes half a second.
+Apart from engines.py, since it imports triton, which takes half a second.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from hift_ext import triton_norm, triton_step
 from hift_ext.engines import ResidentEngine
-from hift_ext.ops import DTYPE_CODES, RULES, Draw, Hypers, Report, Row, Scalars
+from hift_ext.ops import DTYPE_CODES, RULES, Draw, Hypers, Kept, Report, Row, Scalars
 
 _RULES = {number: (name, states) for name, (number, states, *_) in RULES.items()}
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
-class TritonEngine(ResidentEngine):
+def rule_of(row: Row) -> tuple[str, int]:
+    """Name of a row's rule, and how many states it has."""
+    return _RULES[row[3] & 0xFF]
+
+
+def tensors_of(row: Row, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parameter and the gradient of a row."""
+    _, param, grad, kind, _ = row
+    codes = (param, kind >> 8 & 0xF), (grad, kind >> 12 & 0xF)
+    p, g = (triton_step.tensor_at(at, count, _DTYPES[code], device) for at, code in codes)
+    return p, g
+
+
+def scalars_at(addresses: Scalars, device: torch.device) -> triton_step.Scalars:
+    """Scalars by their addresses."""
+    at = partial(triton_step.tensor_at, count=1, dtype=torch.float32, device=device)
+    return triton_step.Scalars(*(at(address) if address else None for address in addresses))
+
+
+def span_of(
+    row: Row,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    stored: Sequence[torch.Tensor],
+    kept: Kept,
+    state_count: int,
+    hyper: Sequence[float],
+    draw: Draw,
+) -> triton_step.Span:
+    """What Triton updates of a row.
+
+    Args:
+        row: The row.
+        param: Its parameter, or a part of it.
+        grad: As much of its gradient.
+        stored: As much of every stored stream, in the engine's order.
+        kept: How numbers are kept.
+        state_count: States that were laid out.
+        hyper: The gradient's factor and the rule's hyper-parameters.
+        draw: Key of the random numbers, and the parameter's element that is the part's first.
+    """
+    rule, states = rule_of(row)
+    way = row[3] >> 16
+    scales = state_count + (kept.master is not None)
+    return triton_step.Span(
+        param,
+        grad,
+        stored[:states],
+        rule,
+        hyper,
+        scales=stored[scales : scales + states],
+        master=stored[state_count] if way >= 2 else None,
+        stochastic=way == 1,
+        stochastic_state=kept.stochastic,
+        key=draw[0],
+        element=draw[1],
+    )
+
+
+class TritonNorm:
+    """The norm of a step's gradients, by Triton."""
+
+    _place: torch.device
+
+    def sum_of_squares(
+        self, rows: Sequence[Row], counts: Sequence[int], total: torch.Tensor
+    ) -> None:
+        """Behind the work of torch's current stream, a launch per gradient and one more."""
+        filled = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
+        gradients = [tensors_of(row, count, self._place)[1] for row, count in filled]
+        triton_norm.sum_of_squares(gradients, total)
+
+    def write_clip(
+        self, total: torch.Tensor, limit: float, grad_scale: int, result: torch.Tensor
+    ) -> None:
+        """Behind the work of torch's current stream."""
+        scale = scalars_at(Scalars(grad_scale), self._place).grad_scale
+        triton_norm.write_clip(total, limit, scale, result)
+
+
+class TritonEngine(TritonNorm, ResidentEngine):
     """State in tensors on the parameters' own device; nothing moves."""
 
-    def _at(self, address: int, count: int, code: int) -> torch.Tensor:
-        return triton_step.tensor_at(address, count, _DTYPES[code], self._device)
+    @property
+    def _place(self) -> torch.device:  # type: ignore[override]
+        return self._device
 
     def step(
         self,
@@ -36,32 +118,14 @@ class TritonEngine(ResidentEngine):
         draws: Sequence[Draw] = (),
     ) -> Report:
         """Updates `group`, a launch per parameter, on torch's current stream."""
-        at = self._at
         start = time.perf_counter()
         spans = []
-        for item, param, grad, kind, hyper in rows:
-            rule, states = _RULES[kind & 0xFF]
-            count = self._counts[group][item]
-            p, g = at(param, count, kind >> 8 & 0xF), at(grad, count, kind >> 12 & 0xF)
-            state = self._state(group, item)[:states]
-            spans.append(triton_step.Span(p, g, state, rule, hypers[hyper]))
-        tensors = (at(address, 1, 0) if address else None for address in scalars)
-        triton_step.step(spans, triton_step.Scalars(*tensors))
+        for row, draw in zip(rows, draws or [(0, 0)] * len(rows), strict=True):
+            p, g = tensors_of(row, self._counts[group][row[0]], self._device)
+            state = self._state(group, row[0])
+            how = self._kept, self._state_count, hypers[row[4]], draw
+            spans.append(span_of(row, p, g, state, *how))
+        triton_step.step(spans, scalars_at(scalars, self._device))
         done.append(True)
         elapsed = 1e3 * (time.perf_counter() - start)
         return Report(update_ms=elapsed, step_ms=elapsed)
-
-    def sum_of_squares(
-        self, rows: Sequence[Row], counts: Sequence[int], total: torch.Tensor
-    ) -> None:
-        """Behind the work of torch's current stream, a launch per gradient and one more."""
-        filled = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
-        gradients = [self._at(row[2], count, row[3] >> 12 & 0xF) for row, count in filled]
-        triton_norm.sum_of_squares(gradients, total)
-
-    def write_clip(
-        self, total: torch.Tensor, limit: float, grad_scale: int, result: torch.Tensor
-    ) -> None:
-        """Behind the work of torch's current stream."""
-        scale = self._at(grad_scale, 1, 0) if grad_scale else None
-        triton_norm.write_clip(total, limit, scale, result)

@@ -71,12 +71,33 @@ def test_nothing_is_missing_where_all_is_there(machine) -> None:
 @pytest.mark.needs("triton", "triton_compiler")
 def test_without_kernels_triton_steps_in_and_says_so(machine) -> None:
     from hift_ext.triton_engine import TritonEngine
+    from hift_ext.triton_paged import PagedTritonEngine
 
     machine(built=False)
-    with pytest.warns(UserWarning, match="pip install nvidia-cuda-nvcc.*Until then Triton"):
+    words = "pip install nvidia-cuda-nvcc.*Until then Triton .* no store='disk'"
+    with pytest.warns(UserWarning, match=words):
         engine = make(CUDA)
+    assert isinstance(engine, PagedTritonEngine)
+    assert engine.description == "ram"
+    with pytest.warns(UserWarning, match=words):
+        engine = make(CUDA, store="device")
     assert isinstance(engine, TritonEngine)
     assert engine.description == "device memory of cuda:0"
+
+
+@pytest.mark.needs("triton", "triton_compiler")
+def test_tritons_ring_is_cut_as_the_kernels_is(machine) -> None:
+    """A page of 16 MiB, or half of a ring that is smaller than two; no state, no ring."""
+    machine()
+    for options, elements in (({}, 2 << 20), ({"staging": 1 << 20}, 1 << 16)):
+        engine = make(CUDA, backend="triton", **options)
+        engine.add_groups([[5 << 20]])
+        assert engine.staging_bytes in (3 * 8 * elements, 2 * 8 * elements)
+    engine = make(CUDA, backend="triton", staging=0)
+    with pytest.raises(ValueError, match=r"needs the CUDA kernels"):
+        engine.add_groups([[1000]])
+    free = {"store": "auto", "backend": "triton", "page_bytes": "auto", "staging": "auto"}
+    assert backend.make_engine([], CUDA, **free).staging_bytes == 0
 
 
 @pytest.mark.needs("triton", "triton_compiler")
@@ -86,10 +107,10 @@ def test_triton_by_choice_warns_of_nothing(machine, recwarn) -> None:
     assert not recwarn.list
 
 
-def test_triton_pages_nothing(machine) -> None:
+def test_triton_pages_to_no_file(machine) -> None:
     machine()
-    with pytest.raises(RuntimeError, match=re.escape("store='ram' is not offered with Triton")):
-        make(CUDA, backend="triton", store="ram")
+    with pytest.raises(RuntimeError, match=re.escape("store='disk' is not offered with Triton")):
+        make(CUDA, backend="triton", store="disk")
 
 
 def test_doctor_names_who_would_update(machine, monkeypatch) -> None:

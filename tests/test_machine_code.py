@@ -334,6 +334,7 @@ def test_the_figures_of_adamw(rows: list[dict[str, Any]]) -> None:
     assert full["memory_ms"] == pytest.approx(202_383_360 * 28 / 768e9 * 1e3)
     assert full["registers"] <= 64
     assert full["blocks_per_sm"] >= 4
+    assert max(r["compute_ms"] / r["memory_ms"] for r in rows) < 0.3  # no conversion in integers
 
 
 def change(folder: Path, file: str, old: str, new: str) -> None:

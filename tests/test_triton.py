@@ -10,22 +10,26 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 
 import _hift_ext
+import models
 import numpy as np
 import pytest
 import torch
+from lazy_device import LazyDevice
 from spans import CASES, NAMES, PAIRS, Buffers, hyper_of, on_baseline
 from tolerances import ULPS, ulps
 
-from hift_ext import ops
+import hift_ext
+from hift_ext import backend, layout, ops, torch_device
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    from hift_ext import triton_step
+    from hift_ext import triton_engine, triton_step
     from hift_ext.triton_step import RUN, Scalars, Span
 
 
@@ -302,6 +306,57 @@ def test_bad_spans_change_nothing(name):
     good.assert_equal(before)
     triton_step.step(spans[:1])
     assert not torch.equal(good.param, before.param)
+
+
+def trained(make, monkeypatch, *, device=None, **options):
+    """A small model after two passes and a half, and its optimizer's state.
+
+    With a simulated GPU the model stays on the CPU, whose memory stands for the GPU's.
+    """
+    place = torch.device("cuda", 0) if device else torch.device("cpu")
+
+    def engine(streams, _, **wishes):
+        if options["store"] == "device":
+            return triton_engine.TritonEngine(streams, torch.device("cpu"))
+        return backend.make_engine(streams, place, **wishes)
+
+    monkeypatch.setattr(layout, "make_engine", engine)
+    monkeypatch.setattr(torch_device, "CudaDevice", lambda _: device)
+    monkeypatch.setattr(backend, "cuda_missing", lambda: "")
+    model = models.tiny(blocks=1, width=12)
+    with make(model, backend="triton" if device else "auto", **options) as optimizer:
+        for tokens in models.batches(8):
+            models.loss_of(model, tokens).backward()
+            optimizer.step()
+            if device:  # the next forward is queued behind the step
+                device.compute.synchronize()
+            optimizer.zero_grad()
+        stats, entries = optimizer.stats(), optimizer.state_dict()["state"].values()
+        state = [value.clone() for entry in entries for value in entry.values()]
+    assert not device or not device.errors
+    return [*(p.detach() for p in model.parameters()), *state], stats
+
+
+@inside
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(hift_ext.AdamW, lr=1e-2, amsgrad=True),
+        partial(hift_ext.Adagrad, lr=1e-2, initial_accumulator_value=0.25),
+    ],
+)
+def test_pages_pass_through_a_ring(make, monkeypatch):
+    """In orders that CUDA allows, with the bits of state on the device and of the CPU's store."""
+    expected, _ = trained(make, monkeypatch, store="ram")
+    resident, _ = trained(make, monkeypatch, store="device")
+    assert all(map(torch.equal, resident, expected))
+    for seed, options in enumerate([{}, {"page_bytes": 4096, "staging": 2 * 4096}] * 2):
+        device = LazyDevice(seed)
+        paged, stats = trained(make, monkeypatch, store="ram", device=device, **options)
+        assert len(paged) == len(expected)
+        assert all(map(torch.equal, paged, expected)), (seed, options)
+        assert 0 < stats["bytes_in"] <= stats["bytes_out"]
+        assert 0 < stats["staging_bytes"] < stats["store_bytes"]
 
 
 def outside(test):

@@ -195,6 +195,21 @@ def special(rule: str, pair: Any) -> Buffers:
     return Buffers(rule, [grid[b % 4].to(t).clone() for b, t in enumerate(types)])
 
 
+def patterns(dtype: torch.dtype) -> Buffers:
+    """Every number of 16 bits as a weight, for an update that adds nothing."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return Buffers("sgd", [numbers, torch.zeros(1 << 16)])
+
+
+def boundaries(dtype: torch.dtype) -> Buffers:
+    """Gradients in the middle between two numbers of 16 bits and beside it, to be added to -0."""
+    (numbers, _), dropped = patterns(dtype).tensors, 16 if dtype == torch.bfloat16 else 13
+    wide = numbers[numbers.isfinite()].float().view(torch.int32)
+    half = 1 << dropped - 1
+    grad = torch.cat([wide + offset for offset in (half - 1, half, half + 1)]).view(torch.float32)
+    return Buffers("sgd", [torch.full(grad.shape, -0.0, dtype=dtype), grad])
+
+
 def checks(device: Device, rule: str, pair: Any) -> Iterator[tuple[str, Callable[[], str], int]]:
     """Name, check, and number of spans."""
     buffers = 2 + ops.RULES[rule][1]
@@ -204,6 +219,11 @@ def checks(device: Device, rule: str, pair: Any) -> Iterator[tuple[str, Callable
     before = special(rule, pair)
     whole = [(before.tensors[0].numel(), [0] * buffers, hyper_of(rule))]
     yield "special values", partial(compare, device, before, whole), 1
+    if rule == "sgd" and pair[0] != pair[1]:
+        for before, rate in ((patterns(pair[0]), 0.0), (boundaries(pair[0]), -1.0)):
+            whole = [(before.tensors[0].numel(), [0, 0], (1.0, 0.0, rate))]
+            check = partial(compare, device, before, whole, idle=rate == 0)
+            yield "16-bit numbers", check, 1
     before, places = few(device, rule, pair)
     up = [(count, starts, hyper_of(rule, maximize=True)) for count, starts, _ in places]
     yield "maximize", partial(compare, device, before, up), len(up)

@@ -114,8 +114,9 @@ class SimulatedDevice:
                 return int(self.address)
 
         def make(streams: Any, where: torch.device, **options: Any) -> Any:
-            # Resident state is in tensors, which are the CPU's here.
+            # Resident state is in tensors, which are the CPU's here, and so is all of Triton's.
             on_cpu = device._on_host or options["store"] == "device"
+            on_cpu = on_cpu or options["backend"] == "triton"
             place = where if on_cpu else torch.device("cuda", DEVICE)
             return make_engine(streams, place, **options)
 

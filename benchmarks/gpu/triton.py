@@ -80,16 +80,17 @@ def race(device: Device, contest: kernels.Contest, dtype: torch.dtype) -> Row:
     return Row(f"{contest.rule} {kernels.NAMES[dtype]}", facts, measured)
 
 
-def optimizer(device: Device) -> Row:
-    """A training with backend="triton" against the same with state resident for CUDA kernels."""
-    training, place = engine.TRAININGS[0], {"store": "device"}
+def optimizer(device: Device, place: dict[str, Any]) -> Row:
+    """A training with backend="triton" against the same with CUDA kernels, state in one place."""
+    training = engine.TRAININGS[0]
     by_cuda, _ = engine.train(device, training, device.tensors, place)
     by_triton, _ = engine.train(device, training, device.tensors, {**place, "backend": "triton"})
     failures = []
     for name in by_cuda:
         found = same(device)(by_cuda[name].flatten(), by_triton[name].flatten())
         failures += [f"{name}: {found}"] if found else []
-    return Row('backend="triton"', {"passes": engine.PASSES}, failed="; ".join(failures[:3]))
+    name = f'backend="triton", store="{place["store"]}"'
+    return Row(name, {"passes": engine.PASSES}, failed="; ".join(failures[:3]))
 
 
 def run(device: Device, budget: Budget) -> Iterator[Row]:
@@ -108,7 +109,13 @@ def run(device: Device, budget: Budget) -> Iterator[Row]:
         "compared": "closeness" if device.dry else "bits",
     }
     yield Row("agreement", compared, shown=tuple(compared), failed="; ".join(failures[:3]))
-    yield optimizer(device)
+    page = device.size(65536, 4096)
+    for place in (
+        {"store": "device"},
+        {"store": "ram", "page_bytes": page},
+        {"store": "ram", "page_bytes": page, "staging": 2 * page},
+    ):
+        yield optimizer(device, place)
     for contest in kernels.CONTESTS:
         for dtype in (torch.float32, torch.bfloat16):
             yield race(device, contest, dtype)

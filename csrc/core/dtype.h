@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16-bit floats as bit patterns, with conversions in plain integer and float arithmetic: the same
-// bits on every instruction set and on the GPU, and simple enough to vectorise. Rounding is to
-// nearest, ties to even; every NaN becomes the one that torch stores.
+// bits on every instruction set, and simple enough to vectorise. A GPU's own conversions of
+// binary16 give those bits too. Rounding is to nearest, ties to even; every NaN becomes the one
+// that torch stores.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,10 @@
 
 #if defined(__CUDACC__)
 #define HIFT_INLINE __host__ __device__ __forceinline__
+// Of libdevice, which nvcc links. cuda_fp16.h has the same instructions as inline assembly, across
+// which the compiler joins no accesses.
+extern "C" __device__ float __nv_half2float(short);
+extern "C" __device__ short __nv_float2half_rn(float);
 #else
 #define HIFT_INLINE inline __attribute__((always_inline))
 #endif
@@ -46,6 +51,10 @@ HIFT_INLINE float load(float x) { return x; }
 HIFT_INLINE float load(BFloat16 x) { return float_of(std::uint32_t{x.bits} << 16); }
 
 HIFT_INLINE float load(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  // Exact. A NaN may lose its payload, as it does in a GPU's next operation anyway.
+  return __nv_half2float(static_cast<short>(x.bits));
+#else
   const std::uint32_t sign = (x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   // Exponent and mantissa moved into place, then the bias 15 -> 127 by an exact multiplication,
@@ -53,6 +62,7 @@ HIFT_INLINE float load(Float16 x) {
   const float scaled = float_of(magnitude << 13) * float_of(0x77800000u);  // 2^112
   const std::uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   return float_of(bits_of(scaled) | special | sign);
+#endif
 }
 
 HIFT_INLINE void store(float& to, float x) { to = x; }
@@ -64,6 +74,12 @@ HIFT_INLINE void store(BFloat16& to, float x) {
 }
 
 HIFT_INLINE void store(Float16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  // Beyond the largest number it gives infinity, below the least normal one subnormals, and for NaN
+  // 0x7fff.
+  const auto number = static_cast<std::uint16_t>(__nv_float2half_rn(x));
+  to.bits = x == x ? number : std::uint16_t{0x7e00};
+#else
   const std::uint32_t sign = (bits_of(x) & 0x80000000u) >> 16;
   const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
   // Normal range: rebias and round the 13 dropped bits. A carry out of the mantissa is the next
@@ -75,6 +91,7 @@ HIFT_INLINE void store(Float16& to, float x) {
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const std::uint32_t number = (magnitude >= 0x47800000u ? 0x7c00u : finite) | sign;
   to.bits = static_cast<std::uint16_t>(x == x ? number : 0x7e00u);
+#endif
 }
 
 }  // namespace hift::HIFT_NS

@@ -63,7 +63,8 @@ void FileMover::wait(int slot) {
 
 void FileMover::write_back(const Page& page, int slot, void* stream) {
   check(slot, &page);
-  // The pinned slot is still being written to the file.
+  // A thread may not have started its copy into the slot yet, or still write the pinned slot to the
+  // file.
   host_->wait(slot);
   DeviceMover::write_back(page, slot, stream);
 }

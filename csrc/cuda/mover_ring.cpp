@@ -99,6 +99,8 @@ void DeviceRing::copy_out(int slot, const std::vector<Part>& parts) {
   // The kernels that change the slot are still under way.
   s.used.record(s.stream);
   s.used.hold(out_.get());
+  // A page that came in and that nobody awaited is still on its way.
+  s.arrived.hold(out_.get());
   // Where CUDA refuses a part, those before it still go: the caller keeps the slot as it is until
   // all have gone again, behind them on the same stream.
   copies_.time(out_.get(), [&] {

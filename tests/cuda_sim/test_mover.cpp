@@ -171,6 +171,15 @@ TEST(work_does_not_change_bytes_that_are_leaving) {
   });
 }
 
+TEST(a_page_that_nobody_awaited_leaves_as_it_came) {
+  under_schedules([](Rig& rig) {
+    rig.mover->fetch(rig.table.page(1), 0);
+    rig.mover->write_back(rig.table.page(2), 0, rig.streams[0]);
+    rig.mover->drain();
+    return Rig::all(rig.host(2), 2);
+  });
+}
+
 TEST(work_on_another_stream_comes_after_the_first) {
   under_schedules([](Rig& rig) {
     rig.mover->await(0, rig.streams[0]);
@@ -279,6 +288,7 @@ class SlowStore final : public hift::Store {
   void grow(const PageTable&) override {}
   std::byte* address(const PageTable&, const Page&, int) override { return nullptr; }
   void read(const PageTable& table, const Page& page, std::byte* record) override {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
     store_.read(table, page, record);
   }
   void write(const PageTable& table, const Page& page, const std::byte* record) override {
@@ -292,17 +302,45 @@ class SlowStore final : public hift::Store {
   RamStore& store_;
 };
 
+/// A mover between such a file and the rig's ring.
+struct SlowMover {
+  explicit SlowMover(Rig& rig)
+      : slow(rig.store),
+        mover(slow, rig.table, {static_cast<std::byte*>(rig.ring), kSlots, kElements * 4, kDevice},
+              1, 1) {}
+  SlowStore slow;
+  hift::cuda::FileMover mover;
+};
+
 TEST(a_drained_mover_has_written_its_file) {
   under_schedules([](Rig& rig) {
-    SlowStore slow(rig.store);
-    const hift::cuda::RingMemory memory{static_cast<std::byte*>(rig.ring), kSlots, kElements * 4,
-                                        kDevice};
-    hift::cuda::FileMover mover(slow, rig.table, memory, 1, 1);
-    mover.await(0, rig.streams[0]);
+    SlowMover file(rig);
+    file.mover.await(0, rig.streams[0]);
     rig.write(0, 9);
-    mover.write_back(rig.table.page(0), 0, rig.streams[0]);
-    mover.drain();
+    file.mover.write_back(rig.table.page(0), 0, rig.streams[0]);
+    file.mover.drain();
     return Rig::all(rig.host(0), 9);
+  });
+}
+
+TEST(a_drained_mover_has_brought_in_what_it_read) {
+  under_schedules([](Rig& rig) {
+    SlowMover file(rig);
+    file.mover.fetch(rig.table.page(1), 0);
+    file.mover.drain();
+    std::vector<std::byte> bytes(kElements * 4);
+    file.mover.peek(0, 0, kElements * 4, bytes.data());
+    return Rig::all(bytes.data(), 2);
+  });
+}
+
+TEST(a_page_of_a_file_that_nobody_awaited_leaves_as_it_came) {
+  under_schedules([](Rig& rig) {
+    SlowMover file(rig);
+    file.mover.fetch(rig.table.page(1), 0);
+    file.mover.write_back(rig.table.page(2), 0, rig.streams[0]);
+    file.mover.drain();
+    return Rig::all(rig.host(2), 2);
   });
 }
 
