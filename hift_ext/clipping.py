@@ -31,7 +31,7 @@ def check_clipping(limit: Any, error_if_nonfinite: Any) -> None:
     if limit is not None:
         if isinstance(limit, bool) or not isinstance(limit, Real):
             raise TypeError(f"max_grad_norm must be None or a number, not {limit!r}")
-        if not limit > 0:
+        if not float(limit) > 0:
             raise ValueError(f"max_grad_norm must be None or a positive number, not {limit!r}")
     if not isinstance(error_if_nonfinite, bool):
         raise TypeError(f"error_if_nonfinite must be a bool, not {error_if_nonfinite!r}")

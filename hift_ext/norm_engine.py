@@ -23,12 +23,12 @@ class NormEngine:
     ) -> None:
         """On torch's number of threads, or behind its current stream's work."""
         if self._device.type == "cpu":
-            ops._ext.sum_of_squares(rows, counts, total.data_ptr(), torch.get_num_threads())
+            ops.extension.sum_of_squares(rows, counts, total.data_ptr(), torch.get_num_threads())
             return
-        blocks = sum(-(-count // ops._ext.norm_block) for count in counts)
+        blocks = sum(-(-count // ops.extension.norm_block) for count in counts)
         sums = ops.cuda_memory(8 * blocks, self._device)
         place = self._device.index, ops.cuda_stream(self._device)
-        ops._ext.cuda_sum_of_squares(rows, counts, sums.data_ptr(), total.data_ptr(), *place)
+        ops.extension.cuda_sum_of_squares(rows, counts, sums.data_ptr(), total.data_ptr(), *place)
 
     def write_clip(
         self, total: torch.Tensor, limit: float, grad_scale: int, result: torch.Tensor
@@ -37,6 +37,8 @@ class NormEngine:
         norm = result.data_ptr()
         arguments = total.data_ptr(), limit, grad_scale, norm, norm + 4
         if self._device.type == "cpu":
-            ops._ext.write_clip(*arguments)
+            ops.extension.write_clip(*arguments)
         else:
-            ops._ext.cuda_write_clip(*arguments, self._device.index, ops.cuda_stream(self._device))
+            ops.extension.cuda_write_clip(
+                *arguments, self._device.index, ops.cuda_stream(self._device)
+            )

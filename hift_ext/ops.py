@@ -30,6 +30,8 @@ if _ext.__version__ != __version__:
         "`pip install .` again"
     )
 
+extension: Any = _ext  # for norm_engine.py
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES: dict[str, tuple[int, int, int]] = _ext.rules()
 """Rule name -> its number, its state streams, its hyper-parameters."""
