@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import inspect_kernels  # noqa: E402
 import norm_verdicts  # noqa: E402
+import sass  # noqa: E402
+import verdicts  # noqa: E402
 
 pytestmark = pytest.mark.needs("nvcc")
 
@@ -60,15 +62,15 @@ def test_faults_in_the_source_are_found(tmp_path) -> None:
     assert failed(rows) >= CHANGES.keys()
 
 
-def test_spills_are_found(tmp_path) -> None:
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    kernel = csrc / "cuda" / "kernel.h"
-    text = kernel.read_text()
-    assert text.count("kBlocksPerSm = 4;") == 1
-    kernel.write_text(text.replace("kBlocksPerSm = 4;", "kBlocksPerSm = 6;"))
-    rows = inspect_kernels.inspect_norm(inspect_kernels.find_tools(), "86", csrc)
-    assert ("square_sums", "spills") in failed(rows)
+@pytest.mark.parametrize("where", ["STACK", "LOCAL"])
+def test_spills_are_found(where) -> None:
+    usage = {"REG": 25, "STACK": 0, "LOCAL": 0, "SHARED": 0}
+    arch = verdicts.ARCHS["86"]
+    for used, wrong in ((0, set()), (8, {("make_clip", "spills")})):
+        kernel = norm_verdicts.NormKernel(
+            "make_clip", None, sass.Listing("kernel", ()), {**usage, where: used}, 32, 1
+        )
+        assert failed([norm_verdicts.judge_norm(kernel, arch, "86")]) == wrong
 
 
 def test_names_are_known() -> None:
