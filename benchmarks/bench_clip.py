@@ -147,9 +147,10 @@ def plot(path: Any, result: dict[str, Any]) -> None:
             for index, row in enumerate(here):
                 text = f"{row['median_ms']:.3g}"
                 if row["ratio_to_best_peer"]:
-                    text += f"  (x {row['ratio_to_best_peer']:.2f} of torch's best)"
-                panel.text(0, index, f" {text}", va="center", fontsize=8, color="#999999")
+                    text += f"  ({row['ratio_to_best_peer']:.2f} x torch's speed)"
+                panel.text(row["median_ms"], index, f" {text}", va="center", fontsize=8)
             panel.invert_yaxis()
+            panel.set_xlim(0, 1.9 * max(values))  # room for what is written beside the bars
             panel.tick_params(labelsize=8)
             panel.locator_params(axis="x", nbins=4)
             panel.set_title(f"{case[0]} {case[1]}: {shape}", fontsize=9)

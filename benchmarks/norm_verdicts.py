@@ -60,14 +60,19 @@ def identify(plain: str) -> tuple[str, str | None]:
 
 
 def hot_part(kernel: NormKernel) -> list[Instruction]:
-    """The loop with the widest loads; the whole kernel where it was unrolled to the end."""
+    """The loop with the widest loads; where it was unrolled to its end, what stands for it."""
 
-    def size(body: Sequence[Instruction]) -> tuple[int, int]:
-        loads = [a.bytes for a in accesses(body) if not a.store]
-        return max(loads, default=0), sum(loads)
+    def widest(body: Sequence[Instruction]) -> int:
+        return max((a.bytes for a in accesses(body) if not a.store), default=0)
 
     bodies = [kernel.sass.body(loop) for loop in kernel.sass.loops]
-    return max(bodies, key=size, default=list(kernel.sass.instructions))
+    best = max(bodies, key=widest, default=[])
+    every = kernel.sass.instructions
+    if widest(best) == widest(every):
+        return best
+    begin = next(k for k, i in enumerate(every) if widest([i]) == widest(every))
+    end = next(k for k in range(begin, len(every)) if every[k].base in ("BRA", "BSYNC", "EXIT"))
+    return list(every[begin:end])
 
 
 def judge_sums(kernel: NormKernel, part: Sequence[Instruction]) -> dict[str, list[str]]:

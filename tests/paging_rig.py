@@ -17,7 +17,7 @@ import pytest
 import torch
 from lazy_device import LazyDevice
 
-from hift_ext import ops
+from hift_ext import engines, ops
 
 GROUPS = [[700, 33, 0, 1500], [2600], [257, 256]]
 STREAMS = [ops.StreamSpec("exp_avg"), ops.StreamSpec("exp_avg_sq", 0.25)]
@@ -145,7 +145,7 @@ class Training:
 
 def on_the_host() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """State and weights before each step and at the end, by the compiled engine."""
-    engine = ops.PagedEngine(STREAMS, "ram", 1 << 20, ops.WHOLE_GROUP, torch.device("cpu"))
+    engine = engines.PagedEngine(STREAMS, "ram", 1 << 20, ops.WHOLE_GROUP, torch.device("cpu"))
     training, found = Training(engine), []
     for s in range(STEPS):
         found.append((training.state(), training.weights()))
@@ -310,7 +310,7 @@ def refuse(cls, expected) -> None:
         midway(cls, seed)
     for call in range(90):
         stop(cls, 1, call, size=8)
-    host = ops.PagedEngine(STREAMS, "ram", 1 << 20, ops.WHOLE_GROUP, torch.device("cpu"))
+    host = engines.PagedEngine(STREAMS, "ram", 1 << 20, ops.WHOLE_GROUP, torch.device("cpu"))
     changed = [Training(host), Training(*make(cls, 1, 8))]
     for training in changed:
         training.step(0)

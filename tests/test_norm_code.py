@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import inspect_kernels  # noqa: E402
 import norm_verdicts  # noqa: E402
+import sass  # noqa: E402
+import verdicts  # noqa: E402
 
 pytestmark = pytest.mark.needs("nvcc")
 
@@ -28,7 +30,8 @@ def test_kernels_pass() -> None:
     rows = inspect_kernels.inspect_norm(inspect_kernels.find_tools(), "86")
     assert failed(rows) == set()
     loads = {row["grad"]: row["load_bits"] for row in rows if row["kernel"] == "square_sums"}
-    assert loads == {"fp32": {"128": 8}, "bf16": {"64": 8}, "fp16": {"64": 8}}
+    for grad, bits in (("fp32", "128"), ("bf16", "64"), ("fp16", "64")):
+        assert loads[grad].keys() == {bits}, loads
     for row in rows:
         if row["kernel"] == "square_sums":
             assert row["blocks_per_sm"] >= 4
@@ -59,10 +62,15 @@ def test_faults_in_the_source_are_found(tmp_path) -> None:
     assert failed(rows) >= CHANGES.keys()
 
 
-def test_spills_are_found() -> None:
-    tools = inspect_kernels.find_tools()
-    rows = inspect_kernels.inspect_norm(tools, "86", more_flags=["-maxrregcount=24"])
-    assert ("square_sums", "spills") in failed(rows)
+@pytest.mark.parametrize("where", ["STACK", "LOCAL"])
+def test_spills_are_found(where) -> None:
+    usage = {"REG": 25, "STACK": 0, "LOCAL": 0, "SHARED": 0}
+    arch = verdicts.ARCHS["86"]
+    for used, wrong in ((0, set()), (8, {("make_clip", "spills")})):
+        kernel = norm_verdicts.NormKernel(
+            "make_clip", None, sass.Listing("kernel", ()), {**usage, where: used}, 32, 1
+        )
+        assert failed([norm_verdicts.judge_norm(kernel, arch, "86")]) == wrong
 
 
 def test_names_are_known() -> None:
