@@ -207,7 +207,10 @@ void update_staged(const Span& span, std::int64_t begin, std::int64_t end, float
   for (std::int64_t at = begin; at < end;) {
     const std::int64_t element = span.shard + span.first + at;
     std::int64_t left = kBlock - (span.first + at) % kBlock;
-    left = left < keyed(element) ? left : keyed(element);
+    // A block of codes is not cut where the key changes: all of it has the key of its first
+    // element.
+    const bool coded = codes<Rule> && span.state_type == StateType::kCode8;
+    if (!coded && keyed(element) < left) left = keyed(element);
     const Run run{span, at, left < end - at ? left : end - at,
                   block_key(span.key, static_cast<std::uint64_t>(element) >> 32),
                   static_cast<std::uint32_t>(element)};

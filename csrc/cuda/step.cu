@@ -6,23 +6,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "core/check.h"
 #include "core/kept.h"
-#ifndef HIFT_HOST_KERNEL
-#include "cuda/runtime.h"
-#endif
-#include "cuda/kernel.h"
+#include "cuda/kept.h"
+#include "cuda/tables.h"
 
 namespace hift::cuda {
 namespace {
-
-template <int N, class T>
-bool aligned(const T* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % (sizeof(T) * N) == 0;
-}
 
 template <class Work>
 Work work_of(const Span& s, std::uint32_t first_block) {
@@ -41,36 +33,12 @@ Work work_of(const Span& s, std::uint32_t first_block) {
   return w;
 }
 
-/// Updates `count` spans of one rule and one pair of types, in as few launches as the argument's
-/// size allows.
+/// Updates `count` spans of one rule and one pair of types.
 template <class Rule, class Param, class Grad>
 void run(const Span* const* spans, std::size_t count, const Scaling& scaling, void* stream,
          int* launches) {
   using Work = Work<Rule, Param, Grad>;
-  using Table = Table<Work>;
-  static_assert(Rule::states <= kMaxStates && sizeof(typename Rule::Hyper) <= sizeof(Span::hyper));
-  static_assert(sizeof(Table) <= kArgumentBytes && Table::kCapacity >= 32);
-  constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max();  // of a grid
-
-  Table table;
-  table.scaling = scaling;
-  table.size = 0;
-  std::int64_t blocks = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    if (table.size == Table::kCapacity) {
-      launch(update_spans<Table>, blocks, kThreads, stream, table);
-      ++*launches;
-      table.size = 0;
-      blocks = 0;
-    }
-    const std::int64_t first_block = blocks;
-    blocks += (spans[i]->count - 1) / Work::kRun + 1;
-    check_argument(blocks <= kMaxBlocks, "a span of ", spans[i]->count,
-                   " elements does not fit into a launch");
-    table.work[table.size++] = work_of<Work>(*spans[i], static_cast<std::uint32_t>(first_block));
-  }
-  launch(update_spans<Table>, blocks, kThreads, stream, table);
-  ++*launches;
+  run_table(update_spans<Table<Work>>, work_of<Work>, spans, count, scaling, stream, launches);
 }
 
 struct Entry {
@@ -104,13 +72,17 @@ void check_span(const Span& s) {
                  rule.name, " has no kernel for parameter type ", p, " with gradient type ", g);
   check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
   check_kept(s, rule.name, rule.states, rule.non_negative);
-  check_argument(
-      s.state_type == StateType::kFloat32 && s.weights == Weights::kNearest,
-      "there is no kernel for state or weights that are kept in another way than float32 "
-      "and rounded to nearest");
+  for (int i = 0; i < rule.states && s.state_type == StateType::kCode8; ++i) {
+    check_argument(aligned<4>(static_cast<const std::byte*>(s.state[i])), "codes at ", s.state[i],
+                   " do not begin at a word of 4 bytes");
+  }
 }
 
+/// Spans of one number go into one launch: kernels of their own have those whose numbers are kept
+/// as they are computed, rounded to nearest.
 int kernel_of(const Span& s) {
+  const bool plain = s.state_type == StateType::kFloat32 || kEntries[s.rule].states == 0;
+  if (!plain || s.weights != Weights::kNearest) return kRules * 9 + kept_kernel(s);
   return (s.rule * 3 + static_cast<int>(s.param_dtype)) * 3 + static_cast<int>(s.grad_dtype);
 }
 
@@ -134,7 +106,8 @@ void step(const Span* spans, std::size_t count, const Scaling& scaling, int devi
       const Span& first = *order[begin];
       while (end < order.size() && kernel_of(*order[end]) == kernel_of(first)) ++end;
       const auto& kernels = kEntries[first.rule].run[static_cast<int>(first.param_dtype)];
-      const auto kernel = kernels[static_cast<int>(first.grad_dtype)];
+      const auto own = kernels[static_cast<int>(first.grad_dtype)];
+      const auto kernel = kernel_of(first) < kRules * 9 ? own : run_kept;
       kernel(&order[begin], end - begin, scaling, stream, &launches);
     }
   } catch (const std::exception& error) {

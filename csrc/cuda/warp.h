@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define HIFT_DEVICE __device__ __forceinline__
@@ -31,6 +32,14 @@ HIFT_DEVICE T shuffle(T value, int from) {
 /// The largest of all lanes' values, for every lane; NaNs are passed over.
 HIFT_DEVICE float warp_max(float value) {
   for (int mask = kLanes / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
+HIFT_DEVICE std::uint32_t warp_max(std::uint32_t value) {
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    const std::uint32_t other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
   return value;
 }
 

@@ -4,6 +4,7 @@
 // width, sentinels around every buffer.
 #include "host_kernel.h"
 
+#include "cuda/kept.cu"
 #include "cuda/step.cu"
 
 #include <array>
@@ -15,10 +16,13 @@
 #include <string>
 #include <vector>
 
+#include "buffer.h"
+
 namespace {
 
 using namespace hift;
 using namespace hift::generic;
+using hift_test::Buffer;
 
 std::mt19937 generator(20240115);
 
@@ -32,31 +36,6 @@ void expect(bool ok, const Parts&... parts) {
   std::fprintf(stderr, "test_kernel_on_host: %s\n", text(parts...).c_str());
   std::exit(1);
 }
-
-/// Elements that begin `offset` elements after a 64-byte boundary, between sentinels that compare
-/// along with them.
-class Buffer {
- public:
-  Buffer(std::int64_t count, int offset, std::size_t element)
-      : lines_(3 + (count + offset) * element / sizeof(Line)),
-        begin_(sizeof(Line) + offset * element) {
-    std::memset(lines_.data(), 0xa5, lines_.size() * sizeof(Line));
-  }
-  template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(lines_.data()) + begin_);
-  }
-  bool operator==(const Buffer& other) const {
-    return std::memcmp(lines_.data(), other.lines_.data(), lines_.size() * sizeof(Line)) == 0;
-  }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64];
-  };
-  std::vector<Line> lines_;
-  std::size_t begin_;
-};
 
 /// A span's buffers: the parameter, the gradient, the states.
 using Buffers = std::vector<Buffer>;

@@ -9,7 +9,7 @@ import copy
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import _hift_ext
@@ -62,6 +62,13 @@ CASES: list[tuple[Callable[..., torch.optim.Optimizer], Any, dict[str, Any]]] = 
     (hift_ext.Adagrad, torch.optim.Adagrad, {"lr": 1e-2, "initial_accumulator_value": 0.5}),
     (hift_ext.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
 ]
+KEPT: list[dict[str, Any]] = [
+    {"state_dtype": "8bit"},
+    {"state_dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"state_dtype": "8bit", "master": "fp32", "rounding": "stochastic"},
+]
+"""Ways of keeping a bfloat16 model's numbers; the first has split masters."""
+
 PLACES: list[dict[str, Any]] = [
     {"store": "ram"},
     {"store": "ram", "staging": 0},
@@ -80,9 +87,10 @@ def model() -> nn.Module:
 
 def train(trained: nn.Module, optimizer: Any, steps: int, scaled: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
+    dtype = next(trained.parameters()).dtype
     norms: list[torch.Tensor] = []
     for step in range(steps):
-        x = torch.randn(8, 16, generator=generator)
+        x = torch.randn(8, 16, generator=generator).to(dtype)
         trained(x).square().mean().backward()
         if scaled:
             optimizer.grad_scale = torch.tensor(0.5)
@@ -105,43 +113,66 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def main() -> int:
+def on_cpu(ours: Any, make: Callable[[], nn.Module], options: Any, scaled: bool) -> list[Any]:
+    """What a training on the CPU ends with."""
     global on_device
+    on_device = False
+    cpu = make()
+    with ours(cpu, **options) as optimizer:
+        return train(cpu, optimizer, 7, scaled)
+
+
+def on_cuda(
+    ours: Any,
+    make: Callable[[], nn.Module],
+    options: Any,
+    scaled: bool,
+    expected: list[Any],
+    places: Sequence[dict[str, Any]] = PLACES,
+) -> int:
+    """The same on the device, with state in each of the places; the number of trainings."""
+    global on_device
+    on_device = True
+    for number, place in enumerate(places):
+        sim.sim_begin(number + 100 * len(str(options)))
+        cuda = make()
+        with ours(cuda, **options, **place) as optimizer:
+            found = train(cuda, optimizer, 7, scaled)
+            stats = optimizer.stats()
+            moves = "device" not in place.values() and place.get("staging") != 0
+            assert (stats["bytes_out"] > 0) == moves, (place, stats)
+            assert not moves or stats["staging_bytes"] > 0, (place, stats)
+        where = f"{ours.__name__}, {options}, {place}, scaled: {scaled}"
+        assert equal(found, expected), f"{where}: other bits than on the CPU"
+        assert sim.sim_operations() > 0, f"{where}: nothing ran on the device"
+        assert sim.sim_pageable_copies() == 0, f"{where}: pageable copies"
+        del optimizer, cuda
+        gc.collect()
+        assert sim.sim_registrations() == 0, f"{where}: registrations left"
+        assert not sim.sim_error(), f"{where}: {sim.sim_error().decode()}"
+    return len(places)
+
+
+def main() -> int:
     runs = 0
     for ours, theirs, settings in CASES:
         for m in ("all", 1):
             for scaled in (False, True):
-                on_device = False
-                cpu = model()
                 options: dict[str, Any] = {**settings, "layers_per_group": m}
                 if scaled:
                     options["max_grad_norm"] = 0.05
-                with ours(cpu, **options) as optimizer:
-                    expected = train(cpu, optimizer, 7, scaled)
+                expected = on_cpu(ours, model, options, scaled)
                 if m == "all" and not scaled:
                     plain = model()
                     values = train(plain, theirs(plain.parameters(), **settings), 7, False)
                     for x, y in zip(expected, values, strict=True):
                         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
-                on_device = True
-                for place in PLACES:
-                    runs += 1
-                    sim.sim_begin(runs)
-                    cuda = model()
-                    with ours(cuda, **options, **place) as optimizer:
-                        found = train(cuda, optimizer, 7, scaled)
-                        stats = optimizer.stats()
-                        moves = "device" not in place.values() and place.get("staging") != 0
-                        assert (stats["bytes_out"] > 0) == moves, (place, stats)
-                        assert not moves or stats["staging_bytes"] > 0, (place, stats)
-                    where = f"{ours.__name__}, {settings}, {place}, m={m}, schedule {runs}"
-                    assert equal(found, expected), f"{where}: other bits than on the CPU"
-                    assert sim.sim_operations() > 0, f"{where}: nothing ran on the device"
-                    assert sim.sim_pageable_copies() == 0, f"{where}: pageable copies"
-                    del optimizer, cuda
-                    gc.collect()
-                    assert sim.sim_registrations() == 0, f"{where}: registrations left"
-                    assert not sim.sim_error(), f"{where}: {sim.sim_error().decode()}"
+                runs += on_cuda(ours, model, options, scaled, expected)
+    for ours, _, settings in (CASES[0], CASES[3]):
+        for kept in KEPT:
+            options = {**settings, **kept, "seed": 5, "max_grad_norm": 0.05}
+            expected = on_cpu(ours, lambda: model().bfloat16(), options, True)
+            runs += on_cuda(ours, lambda: model().bfloat16(), options, True, expected, PLACES[1:4])
     print(f"{runs} trainings on the simulated device")
     return 0
 

@@ -10,8 +10,10 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/dtype.h"
 #include "cpu/step.h"
 #include "cuda/handles.h"
 #include "engine.h"
@@ -61,22 +63,51 @@ struct Data {
   }
 };
 
-/// What a training ends with: parameters and both streams of state, and the same after each step.
+/// What a training ends with: parameters, the first stream of state, and all others.
 struct Outcome {
   std::vector<std::vector<float>> params, first, second;  // by item, groups in a row
   bool operator==(const Outcome& o) const {
-    return params == o.params && first == o.first && second == o.second;
+    return same(params, o.params) && same(first, o.first) && same(second, o.second);
+  }
+
+ private:
+  /// In bits: what is kept in fewer may look like NaN.
+  static bool same(const std::vector<std::vector<float>>& a,
+                   const std::vector<std::vector<float>>& b) {
+    bool equal = a.size() == b.size();
+    for (std::size_t i = 0; equal && i < a.size(); ++i) {
+      equal =
+          a[i].size() == b[i].size() &&
+          (a[i].empty() || std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(float)) == 0);
+    }
+    return equal;
   }
 };
 
-inline void set_hyper(Update& u, int step) {
+/// Values as parameters of 16 bits, two to a float.
+inline std::vector<float> halved(const std::vector<float>& values) {
+  std::vector<hift::generic::BFloat16> halves((values.size() + 1) / 2 * 2);
+  for (std::size_t i = 0; i < values.size(); ++i) hift::generic::store(halves[i], values[i]);
+  std::vector<float> words(halves.size() / 2);
+  if (!words.empty()) std::memcpy(words.data(), halves.data(), words.size() * sizeof(float));
+  return words;
+}
+
+inline void set_hyper(Update& u, int step, bool kept) {
+  if (kept) {
+    u.param_dtype = hift::DType::kBFloat16;
+    u.weights = hift::Weights::kSplit;
+    u.key = static_cast<std::uint64_t>(step * 100 + u.item);
+  }
   u.rule = hift::cpu::rule_number("adamw");
   u.hyper = {0.99f, 0.1f, 0.999f, 0.001f, 0.01f, 1.0f / static_cast<float>(1 + step), 1e-8f};
   u.hypers = 7;
 }
 
-/// Streams of both: the second does not begin at zero.
-inline std::vector<hift::Stream> streams() {
+/// Streams of both: the second does not begin at zero. Or codes, the lower halves of masters, and
+/// scales.
+inline std::vector<hift::Stream> streams(bool kept) {
+  if (kept) return {{256, 0, 256}, {256, 0, 256}, {2, 0}, {4, 0, 256}, {4, 0, 256}};
   std::uint32_t fill;
   std::memcpy(&fill, &kFill, sizeof fill);
   return {{4, 0}, {4, fill}};
@@ -88,13 +119,14 @@ inline Outcome read_all(Engine& engine, bool views = false) {
   for (int g = 0; g < static_cast<int>(kGroups.size()); ++g) {
     for (std::size_t i = 0; i < kGroups[g].size(); ++i) {
       const auto count = kGroups[g][i];
-      for (int s = 0; s < 2; ++s) {
-        std::vector<float> values(static_cast<std::size_t>(count));
+      for (int s = 0; s < static_cast<int>(engine.streams().size()); ++s) {
+        const auto bytes = static_cast<std::size_t>(engine.streams()[s].bytes(count));
+        std::vector<float> values((bytes + sizeof(float) - 1) / sizeof(float));
         const auto item = static_cast<std::int64_t>(i);
         std::shared_ptr<hift::Slab> owner;
         const std::byte* view = views ? engine.address(g, item, s, &owner) : nullptr;
         if (view != nullptr) {
-          if (count > 0) std::memcpy(values.data(), view, values.size() * sizeof(float));
+          if (count > 0) std::memcpy(values.data(), view, bytes);
         } else {
           engine.read(g, item, s, 0, count, reinterpret_cast<std::byte*>(values.data()));
         }
@@ -105,15 +137,27 @@ inline Outcome read_all(Engine& engine, bool views = false) {
   return outcome;
 }
 
+inline void set_kept(EngineOptions& options) {
+  options.state_type = hift::StateType::kCode8;
+  options.states = 2;
+  options.master = true;
+}
+
 /// The training on the host up to `steps` steps.
-inline const Outcome& expected(int steps = kSteps) {
-  static std::map<int, Outcome> known;
-  if (const auto found = known.find(steps); found != known.end()) return found->second;
+inline const Outcome& expected(int steps = kSteps, bool kept = false) {
+  static std::map<std::pair<int, bool>, Outcome> known;
+  if (const auto found = known.find({steps, kept}); found != known.end()) return found->second;
   const Data& data = Data::get();
   auto params = data.params;
   EngineOptions options;
   options.page_bytes = 1 << 20;
-  Engine engine(streams(), options);
+  if (kept) {
+    set_kept(options);
+    for (auto& group : params) {
+      for (auto& values : group) values = halved(values);
+    }
+  }
+  Engine engine(streams(kept), options);
   engine.add_groups(kGroups);
   for (int s = 0; s < steps; ++s) {
     if (s == kLoaded) {
@@ -126,17 +170,17 @@ inline const Outcome& expected(int steps = kSteps) {
       u.item = static_cast<std::int64_t>(i);
       u.param = params[s % 3][i].data();
       u.grad = data.grads[s][i].data();
-      set_hyper(u, s);
+      set_hyper(u, s, kept);
       updates.push_back(u);
     }
     const float overflow = s == kSkipped ? 1.0f : 0.0f;
-    engine.step(s % 3, updates, {nullptr, nullptr, &overflow}, 1, (s + 1) % 3);
+    engine.step(s % 3, updates, {nullptr, nullptr, &overflow}, 1, (s + 1) % 3, nullptr, kept);
   }
   Outcome outcome = read_all(engine);
   for (const auto& group : params) {
     outcome.params.insert(outcome.params.end(), group.begin(), group.end());
   }
-  return known[steps] = outcome;
+  return known[{steps, kept}] = outcome;
 }
 
 /// Memory on the device, filled by an operation on a stream.
@@ -187,6 +231,7 @@ struct Setting {
   std::int64_t staging = EngineOptions::kWholeGroup;
   bool legacy_stream = false;  // steps on the default stream; otherwise on a blocking one
   int device = 1;              // not the current one
+  bool kept = false;           // 16-bit weights with split masters, state in 8 bits, at random
 };
 
 /// The training on the simulated device.
@@ -201,17 +246,20 @@ class Training {
       params_.emplace_back();
       grads_.emplace_back();
       for (const auto& values : group) {
-        params_.back().emplace_back(values.size() * sizeof(float), setting.device);
+        const auto start = setting.kept ? halved(values) : values;
+        params_.back().emplace_back(start.size() * sizeof(float), setting.device);
         grads_.back().emplace_back(values.size() * sizeof(float), setting.device);
-        fill(params_.back().back(), values);
+        fill(params_.back().back(), start);
       }
     }
     EngineOptions options;
     options.store = setting.store;
     options.page_bytes = setting.page_bytes;
     options.staging = setting.staging;
+    if (setting.kept) set_kept(options);
     engine_ = std::make_unique<Engine>(
-        streams(), options, hift::make_cuda_compute(setting.device, [this](std::int64_t bytes) {
+        streams(setting.kept), options,
+        hift::make_cuda_compute(setting.device, [this](std::int64_t bytes) {
           // torch gives what is freed to the next tensor, behind the work on its stream.
           if (!ring_.empty()) {
             fill(ring_.back(), std::vector<float>(ring_.back().bytes() / sizeof(float), kGarbage));
@@ -254,11 +302,12 @@ class Training {
       u.item = static_cast<std::int64_t>(i);
       u.param = params_[s % 3][i].data();
       u.grad = grads_[s % 3][i].data();
-      set_hyper(u, s);
+      set_hyper(u, s, setting_.kept);
       updates.push_back(u);
     }
     const int next = added_ || (s + 1) % 3 != 2 ? (s + 1) % 3 : -1;
-    engine_->step(s % 3, updates, {nullptr, nullptr, overflow_.front().data()}, 1, next, stream_);
+    engine_->step(s % 3, updates, {nullptr, nullptr, overflow_.front().data()}, 1, next, stream_,
+                  setting_.kept);
   }
 
   Outcome outcome(bool views = false) {
