@@ -22,7 +22,9 @@ using Failure = std::system_error;
 
 namespace {
 
-const std::vector<Stream> kStreams = {{4, 0}, {2, 0x3c01}, {1, 7}, {4, 0x3dcccccd}};
+// Two of them have a value for a run of elements, as codes and their scales do.
+const std::vector<Stream> kStreams = {{4, 0},          {2, 0x3c01},      {1, 7},
+                                      {4, 0x3dcccccd}, {256, 0x11, 256}, {4, 0x3f800000, 256}};
 
 /// What every stream of every group holds, as plain bytes.
 class Model {
@@ -30,13 +32,13 @@ class Model {
   explicit Model(const PageTable& table) : table_(table) {
     for (int g = 0; g < table.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        bytes_.emplace_back(table.elements(g) * kStreams[s].value_bytes);
+        bytes_.emplace_back(kStreams[s].bytes(table.elements(g)));
         fill_elements(bytes_.back().data(), table.elements(g), kStreams[s]);
       }
     }
   }
   std::byte* at(int group, int stream, std::int64_t element) {
-    return bytes_[group * kStreams.size() + stream].data() + element * kStreams[stream].value_bytes;
+    return bytes_[group * kStreams.size() + stream].data() + kStreams[stream].bytes(element);
   }
   bool is(const Page& page, const PageView& view) {
     for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
@@ -58,7 +60,7 @@ class Model {
 
  private:
   std::size_t size(const Page& page, int stream) const {
-    return static_cast<std::size_t>(page.count * kStreams[stream].value_bytes);
+    return static_cast<std::size_t>(kStreams[stream].bytes(page.count));
   }
   const PageTable& table_;
   std::vector<std::vector<std::byte>> bytes_;
@@ -134,7 +136,7 @@ class Training {
     std::vector<std::byte> all;
     for (int g = 0; g < table_.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        const auto bytes = table_.elements(g) * kStreams[s].value_bytes;
+        const auto bytes = kStreams[s].bytes(table_.elements(g));
         all.resize(all.size() + bytes);
         pager_->read(g, s, 0, table_.elements(g), all.data() + all.size() - bytes);
       }
@@ -191,9 +193,10 @@ class Training {
     const int group = static_cast<int>(random_() % table_.groups());
     const int stream = static_cast<int>(random_() % kStreams.size());
     const std::int64_t n = table_.elements(group);
-    const std::int64_t begin = random_() % n, count = random_() % (n - begin) + 1;
-    const std::int64_t width = kStreams[stream].value_bytes;
-    std::vector<std::byte> bytes(count * width);
+    const Stream& kind = kStreams[stream];
+    const std::int64_t begin = random_() % n / kind.run * kind.run;
+    const std::int64_t count = random_() % (n - begin) + 1;
+    std::vector<std::byte> bytes(kind.bytes(count));
     switch (random_() % 6) {
       case 0:
       case 1:
@@ -209,9 +212,9 @@ class Training {
         for (std::int64_t at = begin; at < begin + count;) {
           const Page& page = table_.page(table_.page_of(group, at));
           const std::int64_t some = std::min(page.begin + page.count, begin + count) - at;
-          const std::byte* from = bytes.data() + (at - begin) * width;
+          const std::byte* from = bytes.data() + kind.bytes(at - begin);
           if (attempt([&] { pager_->write(group, stream, at, some, from); })) {
-            std::memcpy(model_->at(group, stream, at), from, some * width);
+            std::memcpy(model_->at(group, stream, at), from, kind.bytes(some));
           }
           at += some;
         }
@@ -238,7 +241,7 @@ class Training {
     const std::byte* at = all.data();
     for (int g = 0; g < table_.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        const auto bytes = table_.elements(g) * kStreams[s].value_bytes;
+        const auto bytes = kStreams[s].bytes(table_.elements(g));
         CHECK(std::memcmp(at, model_->at(g, s, 0), bytes) == 0, "group ", g, " stream ", s);
         at += bytes;
       }
@@ -318,6 +321,7 @@ TEST(every_store_gives_the_same_bytes) {
           x = x * 1664525 + static_cast<std::uint32_t>(table.page(p).begin + i) + step;
           std::memcpy(view.stream[0] + 4 * i, &x, 4);
           view.stream[2][i] = static_cast<std::byte>(x >> 24);
+          view.stream[4][i] = static_cast<std::byte>(x >> 16);
         }
         pager.release(p, nullptr, true);
       }
@@ -326,8 +330,8 @@ TEST(every_store_gives_the_same_bytes) {
     pager.flush();
     std::vector<std::byte> all;
     for (int g = 0; g < 3; ++g) {
-      for (int s = 0; s < 4; ++s) {
-        std::vector<std::byte> got(table.elements(g) * kStreams[s].value_bytes);
+      for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
+        std::vector<std::byte> got(kStreams[s].bytes(table.elements(g)));
         pager.read(g, s, 0, table.elements(g), got.data());
         all.insert(all.end(), got.begin(), got.end());
       }
