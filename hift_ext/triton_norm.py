@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hift_ext.triton_step import _widened
+from hift_ext.triton_precision import widened
 
 BLOCK = 4096
 COLUMNS = 128
@@ -33,7 +33,7 @@ def _halved(column, size: tl.constexpr):
 
 @triton.jit
 def _add_row(column, values):
-    wide = _widened(values).to(tl.float64)
+    wide = widened(values).to(tl.float64)
     return column + wide * wide  # the product is exact: fused or not, the same bits
 
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The update in Triton: one loop, and every rule a function that is compiled into it.
+"""Updates by Triton: what a span is, its checks and its launch.
 
-The arithmetic is csrc/rules', operation by operation, and so are the bits (NaNs in the state
-excepted). It needs no compiler on the user's machine but Triton's own.
+The bits are those of the other backends (NaNs in the state excepted). It needs no compiler on the
+user's machine but Triton's own.
 """
-
-# What the compiler types itself.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+
+from hift_ext.triton_kernels import update_span
+from hift_ext.triton_precision import BLOCK, block_key
+from hift_ext.triton_rules import RULES
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     raise ImportError(
@@ -30,205 +30,19 @@ RUN = 1024
 
 WARPS = 4
 
+KEYED = 1 << 31
+"""Elements of a launch whose random numbers have at most two keys."""
 
-@triton.jit
-def _lerp(start, end, weight):
-    near_start = weight < 0.5
-    coefficient = tl.where(near_start, weight, weight - 1.0)
-    return tl.fma(coefficient, end - start, tl.where(near_start, start, end))
-
-
-@triton.jit
-def _with_l2(grad, param, weight_decay):
-    return tl.where(weight_decay != 0.0, tl.fma(weight_decay, param, grad), grad)
-
-
-@triton.jit
-def _adam_moments(p, g, exp_avg, exp_avg_sq, hyper, decoupled: tl.constexpr):
-    decay, one_minus_beta1, beta2, one_minus_beta2, _, _, _ = hyper
-    if decoupled:
-        p = p * decay
-    else:
-        g = _with_l2(g, p, decay)
-    exp_avg = _lerp(exp_avg, g, one_minus_beta1)
-    exp_avg_sq = tl.fma(one_minus_beta2 * g, g, beta2 * exp_avg_sq)
-    return p, exp_avg, exp_avg_sq
-
-
-@triton.jit
-def _adam_apply(p, exp_avg, second_moment, hyper):
-    _, _, _, _, step_size, inv_bc2_sqrt, eps = hyper
-    denominator = tl.fma(tl.sqrt_rn(second_moment), inv_bc2_sqrt, eps)
-    return p - tl.div_rn(step_size * exp_avg, denominator)
-
-
-@triton.jit
-def _adam(p, g, state, hyper, decoupled: tl.constexpr):
-    p, exp_avg, exp_avg_sq = _adam_moments(p, g, state[0], state[1], hyper, decoupled)
-    return _adam_apply(p, exp_avg, exp_avg_sq, hyper), (exp_avg, exp_avg_sq)
-
-
-@triton.jit
-def _amsgrad(p, g, state, hyper, decoupled: tl.constexpr):
-    p, exp_avg, exp_avg_sq = _adam_moments(p, g, state[0], state[1], hyper, decoupled)
-    largest = tl.where(state[2] > exp_avg_sq, state[2], exp_avg_sq)
-    return _adam_apply(p, exp_avg, largest, hyper), (exp_avg, exp_avg_sq, largest)
-
-
-@triton.jit
-def _adamw_rule(p, g, state, hyper):
-    return _adam(p, g, state, hyper, True)
-
-
-@triton.jit
-def _adamw_amsgrad_rule(p, g, state, hyper):
-    return _amsgrad(p, g, state, hyper, True)
-
-
-@triton.jit
-def _adam_rule(p, g, state, hyper):
-    return _adam(p, g, state, hyper, False)
-
-
-@triton.jit
-def _adam_amsgrad_rule(p, g, state, hyper):
-    return _amsgrad(p, g, state, hyper, False)
-
-
-@triton.jit
-def _adagrad_rule(p, g, state, hyper):
-    weight_decay, rate, eps = hyper
-    g = _with_l2(g, p, weight_decay)
-    total = tl.fma(g, g, state[0])
-    return p - tl.div_rn(rate * g, tl.sqrt_rn(total) + eps), (total,)
-
-
-@triton.jit
-def _against(rate, direction, p):
-    return tl.fma(rate, direction * -1.0, p)  # Triton's -x is 0 - x, which is never -0
-
-
-@triton.jit
-def _sgd_rule(p, g, state, hyper):
-    weight_decay, rate = hyper
-    return _against(rate, _with_l2(g, p, weight_decay), p), state
-
-
-@triton.jit
-def _momentum_rule(p, g, state, hyper):
-    weight_decay, rate, momentum, one_minus_dampening, nesterov, first = hyper
-    g = _with_l2(g, p, weight_decay)
-    buffer = tl.where(first != 0.0, g, tl.fma(one_minus_dampening, g, momentum * state[0]))
-    ahead = tl.where(nesterov != 0.0, tl.fma(momentum, buffer, g), buffer)
-    return _against(rate, ahead, p), (buffer,)
-
-
-class Rule(NamedTuple):
-    """A rule's function `(p, g, state, hyper) -> (p, state)` and the sizes of its tuples."""
-
-    update: Any
-    states: int
-    hypers: int
-
-
-RULES = {
-    "adamw": Rule(_adamw_rule, 2, 7),
-    "adamw_amsgrad": Rule(_adamw_amsgrad_rule, 3, 7),
-    "adam": Rule(_adam_rule, 2, 7),
-    "adam_amsgrad": Rule(_adam_amsgrad_rule, 3, 7),
-    "adagrad": Rule(_adagrad_rule, 1, 3),
-    "sgd": Rule(_sgd_rule, 0, 2),
-    "momentum": Rule(_momentum_rule, 1, 6),
-}
-"""csrc/rules/all.h, by name."""
-
-
-@triton.jit
-def _widened(x):
-    # In integers, as core/dtype.h has it: exact on a GPU and in Triton's interpreter.
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _narrowed(x, dtype: tl.constexpr):
-    # To nearest, ties to even; every NaN becomes the one that torch stores.
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        number = tl.where(x == x, rounded, 0x7FC00000) >> 16
-        return number.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif dtype == tl.float16:
-        bits = x.to(tl.float16).to(tl.int16, bitcast=True)
-        return tl.where(x == x, bits, 0x7E00).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        return x
-
-
-@triton.jit
-def _update(param, grad, state, hyper, grad_factor, begin, lane, mask, rule: tl.constexpr):
-    p = _widened(tl.load(param + begin + lane, mask=mask))
-    g = _widened(tl.load(grad + begin + lane, mask=mask)) * grad_factor
-    values = ()
-    for k in tl.static_range(len(state)):
-        value = tl.load(state[k] + begin + lane, mask=mask)
-        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
-    p, values = rule(p, g, values, hyper)
-    tl.store(param + begin + lane, _narrowed(p, param.dtype.element_ty), mask=mask)
-    for k in tl.static_range(len(state)):
-        tl.store(state[k] + begin + lane, values[k], mask=mask)
-
-
-@triton.jit(
-    do_not_specialize=["count"],
-    do_not_specialize_on_alignment=["grad_scale", "clip", "found_inf"],
-)
-def _update_span(
-    param,
-    grad,
-    state,
-    hyper,
-    grad_factor,
-    grad_scale,
-    clip,
-    found_inf,
-    count: tl.int64,
-    rule: tl.constexpr,
-    run: tl.constexpr,
-    width: tl.constexpr,
-):
-    if found_inf is not None:  # noqa: SIM102 (the load must not be compiled without it)
-        if tl.load(found_inf) != 0.0:
-            return
-    factor = 1.0
-    if clip is not None:
-        factor = tl.load(clip)
-    if grad_scale is not None:
-        factor = tl.div_rn(factor, tl.load(grad_scale))
-    factor = factor * grad_factor
-
-    # 64-bit, so that no span is too long; the lanes of a program stay 32-bit.
-    begin = tl.program_id(0).to(tl.int64) * run
-    # Every access of a warp is one unbroken run: as wide a one of each stream as 16 bytes of the
-    # widest type are elements. Else Triton would give a thread 8 neighbours of a 16-bit stream, and
-    # move the others between threads to match.
-    lane = tl.max_contiguous(tl.arange(0, run), width)
-    left = count - begin
-    # A whole run has no mask: its accesses are as wide as the addresses allow, whatever the length
-    # of the span, and one compiled kernel serves all lengths.
-    if left >= run:
-        _update(param, grad, state, hyper, factor, begin, lane, None, rule)
-    else:
-        mask = lane < left.to(tl.int32)
-        _update(param, grad, state, hyper, factor, begin, lane, mask, rule)
-
-
-INTERPRETED = not isinstance(_update_span, triton.JITFunction)
+INTERPRETED = not isinstance(update_span, triton.JITFunction)
 """Whether TRITON_INTERPRET=1 was set at import: kernels then run on the host, on host memory."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+_MASTERS: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.float32: (),
+    torch.bfloat16: (torch.float32, torch.int16),
+    torch.float16: (torch.float32,),
+}
 
 
 class Span(NamedTuple):
@@ -237,11 +51,17 @@ class Span(NamedTuple):
     Attributes:
         param: Weights, float32, bfloat16 or float16; contiguous; changed in place.
         grad: Their gradient, of their type or float32, contiguous, with as many elements.
-        states: The rule's state in its order, float32, contiguous, with as many elements each;
-            changed in place.
+        states: The rule's state in its order, contiguous, with as many elements each; changed in
+            place. All float32, all bfloat16, or all uint8: 8-bit codes, whole blocks of 256.
         rule: A name in RULES.
         hyper: The gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in
             the order of its C++ struct.
+        scales: Of codes: float32, one for each block, for each state.
+        master: float32, or int16: the low halves of masters of bfloat16 weights. Changed in place.
+        stochastic: bfloat16 weights without a master are rounded at random.
+        stochastic_state: So is state of less than 32 bits.
+        key: Of the random numbers: seed, parameter and visit. 64 bits.
+        element: The parameter's that is the span's first, for the random numbers.
     """
 
     param: torch.Tensor
@@ -249,6 +69,37 @@ class Span(NamedTuple):
     states: Sequence[torch.Tensor]
     rule: str
     hyper: Sequence[float]
+    scales: Sequence[torch.Tensor] = ()
+    master: torch.Tensor | None = None
+    stochastic: bool = False
+    stochastic_state: bool = False
+    key: int = 0
+    element: int = 0
+
+    @property
+    def weights(self) -> int:
+        """How weights are kept, by the number that core/span.h has for it."""
+        if self.master is not None:
+            return 3 if self.master.dtype == torch.int16 else 2
+        return 1 if self.stochastic else 0
+
+    def parts(self) -> Iterator[Span]:
+        """The span, cut where a launch would need more than two keys."""
+        count = self.param.numel()
+        if not (self.stochastic or self.stochastic_state) or count <= KEYED:
+            yield self
+            return
+        for begin in range(0, count, KEYED):
+            here = slice(begin, begin + KEYED)
+            blocks = slice(begin // BLOCK, (begin + KEYED) // BLOCK)
+            yield self._replace(
+                param=self.param.view(-1)[here],
+                grad=self.grad.view(-1)[here],
+                states=[state.view(-1)[here] for state in self.states],
+                scales=[scale[blocks] for scale in self.scales],
+                master=None if self.master is None else self.master.view(-1)[here],
+                element=self.element + begin,
+            )
 
 
 class Scalars(NamedTuple):
@@ -285,15 +136,16 @@ def step(spans: Sequence[Span], scalars: Scalars | None = None) -> None:
     for span in spans:
         _check(span, scalars)
     for span in spans:
-        if span.param.numel():
-            launch(span, scalars)
+        for part in span.parts():
+            if part.param.numel():
+                launch(part, scalars)
 
 
 def launch(span: Span, scalars: Scalars, *, compile_only: bool = False) -> Any:
     """Launches the kernel for one span that has elements; no checks.
 
     Args:
-        span: What to update.
+        span: What to update; one of its own parts.
         scalars: What scales it.
         compile_only: Stop where the launch would follow, with the kernel that it would run.
 
@@ -303,17 +155,34 @@ def launch(span: Span, scalars: Scalars, *, compile_only: bool = False) -> Any:
     # Rounded here as the launch would round them: the interpreter keeps Python's floats.
     grad_factor, *hyper = array("f", span.hyper)
     rule = RULES[span.rule]
+    coded = len(span.scales) > 0
+    states = [state.view(torch.int32) if coded else state for state in span.states]
+    kept = states if span.master is None else [span.master, *states]
+    random_state = (
+        span.stochastic_state and bool(span.states) and span.states[0].dtype != torch.float32
+    )
+    block = span.element >> 32
+    keys = [block_key(span.key, block), block_key(span.key, block + 1)]
+    if not (random_state or span.weights == 1):
+        keys = [0, 0]
     arguments = (
         span.param,
         span.grad,
-        tuple(span.states),
+        tuple(states),
+        tuple(span.scales),
+        span.master,
         tuple(hyper),
         grad_factor,
         *scalars,
         span.param.numel(),
+        *(half for key in keys for half in (key & 0xFFFFFFFF, key >> 32)),
+        span.element & 0xFFFFFFFF,
         rule.update,
         RUN,
-        16 // max(t.element_size() for t in (span.param, span.grad, *span.states)),
+        16 // max(t.element_size() for t in (span.param, span.grad, *kept)),
+        rule.signed or (),
+        span.weights,
+        random_state,
     )
     # Without fusion every fma of the kernel is one that the rule asks for, as on the CPU.
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -322,8 +191,8 @@ def launch(span: Span, scalars: Scalars, *, compile_only: bool = False) -> Any:
     # Triton launches on the current device, which need not be the parameters'.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if compile_only:
-            return _update_span.warmup(*arguments, grid=grid, **options)
-        return _update_span[grid](*arguments, **options)
+            return update_span.warmup(*arguments, grid=grid, **options)
+        return update_span[grid](*arguments, **options)
 
 
 def tensor_at(address: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -357,15 +226,20 @@ def _check(span: Span, scalars: Scalars) -> None:
             f"the parameter is on {param.device}: Triton updates tensors on CUDA devices; set "
             "TRITON_INTERPRET=1 before the first import to run its interpreter on the CPU"
         )
+    coded = any(state.dtype == torch.uint8 for state in span.states)
     tensors = {"gradient": grad, **{f"state {i}": state for i, state in enumerate(span.states)}}
+    if span.master is not None:
+        tensors["master"] = span.master
     for name, tensor in tensors.items():
-        if tensor.numel() != param.numel():
+        blocks = -(-param.numel() // BLOCK) * BLOCK
+        count = blocks if coded and name.startswith("state") else param.numel()
+        if tensor.numel() != count:
+            rule_of = "codes are whole blocks of 256" if coded else "they must be as many"
             raise ValueError(
                 f"the {name} has {tensor.numel()} elements and the parameter {param.numel()}: "
-                "they must be as many"
+                f"{rule_of}"
             )
-        if name != "gradient" and tensor.dtype != torch.float32:
-            raise TypeError(f"the {name} is {tensor.dtype}: state is float32")
+    tensors |= _check_kept(span)
     tensors["parameter"] = param
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
@@ -387,3 +261,33 @@ def _check(span: Span, scalars: Scalars) -> None:
                 f"the {name} is on {tensor.device} and the parameter on {param.device}: keep them "
                 "on one device"
             )
+
+
+def _check_kept(span: Span) -> dict[str, torch.Tensor]:
+    """The scales, by name; see core/kept.h for what is offered."""
+    param, rule = span.param, RULES[span.rule]
+    types = {state.dtype for state in span.states}
+    for i, state in enumerate(span.states):
+        if state.dtype not in _STATE_DTYPES or len(types) > 1:
+            raise TypeError(
+                f"state {i} is {state.dtype}: all state is float32, bfloat16, or uint8 codes"
+            )
+    coded = torch.uint8 in types
+    if coded and rule.signed is None:
+        raise TypeError(f"state of rule {span.rule} is not kept as 8-bit codes")
+    if coded and any(state.data_ptr() % 4 != 0 for state in span.states):
+        raise ValueError("codes do not begin at a word of 4 bytes")
+    if len(span.scales) != (len(span.states) if coded else 0):
+        raise ValueError(f"{len(span.scales)} scales for {len(span.states)} states of {types}")
+    for i, scale in enumerate(span.scales):
+        if scale.dtype != torch.float32 or scale.numel() != -(-param.numel() // BLOCK):
+            raise ValueError(
+                f"the scale of state {i} is a {scale.dtype} tensor of {scale.numel()} elements: "
+                "pass one float32 for every block of 256"
+            )
+    offered = _MASTERS[param.dtype]
+    if span.master is not None and span.master.dtype not in offered:
+        raise TypeError(f"a {span.master.dtype} master of {param.dtype} weights is not offered")
+    if span.stochastic and (span.master is not None or param.dtype != torch.bfloat16):
+        raise TypeError("only bfloat16 weights without a master are rounded at random")
+    return {f"scale of state {i}": scale for i, scale in enumerate(span.scales)}

@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from functools import partial
 
@@ -17,6 +14,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED, fma, fused, inside, outside, run_interpreted  # noqa: F401
 from lazy_device import LazyDevice
 from spans import CASES, NAMES, PAIRS, Buffers, hyper_of, on_baseline
 from tolerances import ULPS, ulps
@@ -24,56 +22,15 @@ from tolerances import ULPS, ulps
 import hift_ext
 from hift_ext import backend, layout, ops, torch_device
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 if INTERPRETED:
-    from triton.runtime import interpreter
-
     from hift_ext import triton_engine, triton_step
     from hift_ext.triton_step import RUN, Scalars, Span
-
-
-def inside(test):
-    """A test for the interpreter's process; there is none of that name in the other."""
-    return test if INTERPRETED else None
 
 
 each_rule = pytest.mark.parametrize("rule", list(ops.RULES))
 each_pair = pytest.mark.parametrize(
     "pair", PAIRS, ids=lambda pair: "-".join(NAMES[t] for t in pair)
 )
-
-
-def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """`x * y + z` of float32, rounded once. The interpreter's own rounds the product too."""
-    with np.errstate(all="ignore"):
-        product, z = x.astype(np.float64) * y, z.astype(np.float64)  # exact
-        total = product + z
-        # What the addition lost (Knuth's TwoSum). Where it lost anything, the last bit is made odd,
-        # so that the second rounding cannot take the sum for a tie.
-        virtual = total - product
-        lost = (product - (total - virtual)) + (z - virtual)
-        even = (total.view(np.int64) & 1) == 0
-        inexact = np.isfinite(total) & (lost != 0) & even
-        odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
-        return np.where(inexact, odd, total).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def fma(monkeypatch):
-    """Gives the interpreter a fused multiply-add, as every GPU has."""
-    if INTERPRETED:
-
-        def create_fma(self, x, y, z):
-            arrays = np.broadcast_arrays(x.data, y.data, z.data)
-            result = fused(*(a.astype(np.float32) for a in arrays))
-            return interpreter.TensorHandle(result, z.dtype.scalar)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
-        with np.errstate(all="ignore"):  # lanes beyond a span's end divide by zero
-            yield
-    else:
-        yield
 
 
 def span_of(b: Buffers, count: int, starts=None, hyper=None) -> Span:
@@ -359,21 +316,7 @@ def test_pages_pass_through_a_ring(make, monkeypatch):
         assert 0 < stats["staging_bytes"] < stats["store_bytes"]
 
 
-def outside(test):
-    """The reverse."""
-    return None if INTERPRETED else test
-
-
 @outside
 @pytest.mark.needs("triton")
 def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)

@@ -64,13 +64,23 @@ def compiled(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
-    def compile_(arch, rule, pair, *, offset=0, count=COUNT, visit=3, device="cpu", **scalars):
-        def tensor(dtype):
-            return torch.empty(count + offset, dtype=dtype, device=device)[offset:]
+    def compile_(
+        arch, rule, pair, *, offset=0, count=COUNT, visit=3, device="cpu", kept=None, **scalars
+    ):
+        def tensor(dtype, size=count):
+            return torch.empty(size + offset, dtype=dtype, device=device)[offset:]
 
-        states = [tensor(torch.float32) for _ in range(ops.RULES[rule][1])]
+        kept = dict(kept or {})
+        state, master = kept.pop("state", torch.float32), kept.pop("master", None)
+        blocks, number = -(-count // 256), ops.RULES[rule][1]
+        if state == torch.uint8:
+            kept["scales"] = [tensor(torch.float32, blocks) for _ in range(number)]
+        values = blocks * 256 if state == torch.uint8 else count
+        states = [tensor(state, values) for _ in range(number)]
+        if master is not None:
+            kept["master"] = tensor(master)
         hyper = hyper_of(CASES[rule], visit)
-        span = triton_step.Span(tensor(pair[0]), tensor(pair[1]), states, rule, hyper)
+        span = triton_step.Span(tensor(pair[0]), tensor(pair[1]), states, rule, hyper, **kept)
         before = dict(vars(driver))  # reset_active() would look for a GPU
         driver.set_active(Target(arch))
         try:
@@ -196,3 +206,36 @@ def test_scalars_enter_by_address(compiled, arch, tmp_path):
         assert resources(kernel, tmp_path)["LOCAL"] == 0
         aligned = {name: torch.ones(1) for name in scalars}
         assert compiled(arch, "adamw", FLOATS, **aligned) is kernel
+
+
+BF16 = PAIRS[2]
+KEPT = {
+    "split": {"master": torch.int16},
+    "whole": {"master": torch.float32, "state": torch.bfloat16},
+    "random": {"state": torch.bfloat16, "stochastic": True, "stochastic_state": True},
+    "codes": {"state": torch.uint8, "master": torch.int16},
+    "random_codes": {"state": torch.uint8, "stochastic": True, "stochastic_state": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"), [*((86, name) for name in KEPT), (80, "random_codes"), (90, "random_codes")]
+)
+def test_machine_code_of_numbers_in_fewer_bits(compiled, arch, name, tmp_path):
+    from hift_ext.triton_step import RUN, WARPS
+
+    kernel = compiled(arch, "adamw", BF16, kept=KEPT[name])
+    ptx, elements = kernel.asm["ptx"], RUN // (32 * WARPS)
+    assert f".target sm_{arch}" in ptx
+    used = resources(kernel, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert used["REG"] <= 128, used  # 4 programs on an SM
+    assert not re.findall(r"\w+\.approx\S*|div\.full\S*|\S*\.ftz\S*|rsqrt\S*", ptx)
+    both = 2 * elements  # whole run and tail
+    assert len(re.findall(r"\bsqrt\.rn\.f32", ptx)) == both
+    assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == both * FMAS["adamw"]
+    assert not re.findall(r"\b(?:add|sub|mul)\.f32", ptx)
+    # Another key, element or length compiles nothing.
+    other = {**KEPT[name], "key": 1 << 63, "element": (1 << 40) + 3}
+    for count in (1, 4096):
+        assert compiled(arch, "adamw", BF16, kept=other, count=count) is kernel
