@@ -24,6 +24,7 @@ from typing import Any
 
 import norm_verdicts
 from common import machine, write
+from general import General, judge_general
 from rich.console import Console
 from rich.table import Table
 from sass import parse_bounds, parse_ptx, parse_sass, parse_usage
@@ -203,6 +204,40 @@ def inspect(
     return [{**kind, **judge(kernel, ARCHS[arch], cost)} for kernel in kernels]
 
 
+def inspect_general(tools: Tools, arch: str, csrc: Path = CSRC) -> list[dict[str, Any]]:
+    """The same for csrc/cuda/kept.cu, whose kernels read at run time how numbers are kept."""
+    flags, rows = [*device_flags(), f"-I{csrc}"], []
+    with tempfile.TemporaryDirectory() as place:
+        cubin = compile_cubin(tools, csrc / "cuda" / "kept.cu", arch, flags, Path(place))
+        ptx_text = cubin.with_suffix(".ptx").read_text()
+        ptx, bounds = parse_ptx(ptx_text), parse_bounds(ptx_text)
+        usage = parse_usage(tools.dump("-res-usage", cubin))
+        for name, sass in parse_sass(tools.dump("-sass", cubin)).items():
+            plain = run(["c++filt", name]).strip()
+            found = re.search(
+                r"update_(kept|codes)<.*KeptWork<hift::\w+::(\w+(?:<\w+>)?) ?>", plain
+            )
+            if found is None:
+                raise SystemExit(f"{plain} is not a kernel of ours: teach `inspect_general` it")
+            coded, rule = found[1] == "codes", RULES[found[2]]
+            made = General(rule, coded, ptx[name], sass, usage[name], *bounds[name])
+            rows.append({"arch": f"sm_{arch}", **judge_general(made, ARCHS[arch])})
+    return sorted(rows, key=lambda row: (row["kernel"], row["rule"]))
+
+
+def general_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Those of one architecture, for reading."""
+    made = Table(title=f"{rows[0]['arch']}: kernels for numbers in fewer bits")
+    for name in ("kernel", "rule", "regs", "blocks", "occ.", "instructions", "verdict"):
+        made.add_column(name, justify="right" if name not in ("kernel", "rule") else "left")
+    for row in rows:
+        failed = ", ".join(name for name, why in row["verdicts"].items() if why)
+        figures = (row["registers"], row["blocks_per_sm"], f"{row['occupancy']:.0%}")
+        figures = (*figures, row["instructions"], failed or "ok")
+        made.add_row(row["kernel"], row["rule"], *map(str, figures))
+    return made
+
+
 def norm_kernels(tools: Tools, cubin: Path) -> list[norm_verdicts.NormKernel]:
     """Every kernel of the compiled norm.cu."""
     sass = parse_sass(tools.dump("-sass", cubin))
@@ -306,6 +341,7 @@ def main() -> None:
         "latency_s": LATENCY_S,
         "cards": {f"sm_{arch}": asdict(ARCHS[arch]) for arch in options.arch},
         "rows": [],
+        "general": [],
         "norm_rows": [],
     }
     console = Console(stderr=True)
@@ -314,6 +350,7 @@ def main() -> None:
     for arch in options.arch:
         begin = time.perf_counter()
         result["rows"] += inspect(tools, arch)
+        result["general"] += inspect_general(tools, arch)
         result["norm_rows"] += inspect_norm(tools, arch)
         console.print(f"sm_{arch}: {time.perf_counter() - begin:.1f} s")
     seen = Counter((row["rule"], row["param"], row["grad"]) for row in result["rows"])
@@ -322,16 +359,20 @@ def main() -> None:
         raise SystemExit(f"step.cu has no kernel, or several, for {missing}")
     if options.json:
         write(options.json, result)
-    judged = [*result["rows"], *result["norm_rows"]]
+    judged = [*result["rows"], *result["norm_rows"], *result["general"]]
     failed = [row for row in judged if not row["ok"]]
     for arch in options.arch:
         console.print(table([row for row in result["rows"] if row["arch"] == f"sm_{arch}"]))
+        general = [row for row in result["general"] if row["arch"] == f"sm_{arch}"]
+        console.print(general_table(general))
     console.print(norm_table(result["norm_rows"]))
     for row in failed:
         for name, reasons in row["verdicts"].items():
             for reason in reasons:
-                what = row.get("kernel") or f"{row['rule']} {row['param']}"
-                print(f"{row['arch']} {what}/{row['grad']}: {name}: {reason}", file=sys.stderr)
+                what = " ".join(
+                    str(row[k]) for k in ("kernel", "rule", "param", "grad") if row.get(k)
+                )
+                print(f"{row['arch']} {what}: {name}: {reason}", file=sys.stderr)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(judged)} kernels fail a verdict")
 

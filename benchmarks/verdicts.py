@@ -186,16 +186,23 @@ def differences(found: Counter[str], wanted: Counter[str]) -> list[str]:
     return [f"{found[k]} {k} for {wanted[k]}" for k in keys if found[k] != wanted[k]]
 
 
+def unrounded(ptx: Listing) -> list[str]:
+    """Float operations that are not rounded as IEEE 754 asks, or may be contracted."""
+    rounded = re.compile(
+        r"(add|sub|mul|fma|div|sqrt|rcp)\.rn\.f32|cvt\.(f32\.b?f16|rn\.b?f16\.f32)"
+    )
+    free = re.compile(r"(mov|neg|abs|selp|setp\.\w+|ld|st|min|max)\b(?!.*\.ftz)")
+    return [
+        f"PTX: {i.text}"
+        for i in ptx.instructions
+        if re.search(r"\.f(16|32|64|16x2)$|bf16|\.approx|\.full|\.ftz", i.op)
+        and not (rounded.fullmatch(i.op) or free.match(i.op))
+    ]
+
+
 def judge_arithmetic(kernel: Kernel, cost: Cost) -> tuple[list[str], list[str]]:
     """What is wrong with divisions, roots and roundings, and with fused operations."""
-    exact, fused = [], []
-    rounded = re.compile(r"(add|sub|mul|fma|div|sqrt)\.rn\.f32|cvt\.(f32\.b?f16|rn\.b?f16\.f32)")
-    free = re.compile(r"(mov|neg|abs|selp|setp\.\w+|ld|st|min|max)\b(?!.*\.ftz)")
-    for i in kernel.ptx.instructions:
-        if re.search(r"\.f(16|32|64|16x2)$|bf16|\.approx|\.full|\.ftz", i.op) and not (
-            rounded.fullmatch(i.op) or free.match(i.op)
-        ):
-            exact.append(f"PTX: {i.text}")
+    exact, fused = unrounded(kernel.ptx), []
     ops = Counter(i.op for i in kernel.ptx.reached)
     elements = kernel.elements(kernel.ptx.reached)
     roots = kernel.rule.exact * elements

@@ -15,6 +15,7 @@ import _hift_ext
 import torch
 
 import hift_ext
+from gpu import kept
 from gpu.device import Device
 from gpu.report import Row
 from gpu.runner import Budget
@@ -242,6 +243,14 @@ def checks(device: Device, rule: str, pair: Any) -> Iterator[tuple[str, Callable
         yield f"found_inf {found}", idle, len(places)
 
 
+def kept_checks(device: Device, rule: str) -> Iterator[tuple[str, Callable[[], str], int]]:
+    """The same for numbers that are kept in fewer bits."""
+    there = partial(run_kernel, device, scalars={})
+    pairs = device.size(PAIRS, PAIRS[2:3])
+    hyper = hyper_of(rule)
+    return kept.checks(rule, pairs, hyper, device.tensors, _hift_ext.step_spans, there)
+
+
 def run(device: Device, budget: Budget) -> Iterator[Row]:
     """A row for each rule."""
     for rule in ops.RULES:
@@ -253,5 +262,10 @@ def run(device: Device, budget: Budget) -> Iterator[Row]:
                 if found:
                     types = " with ".join(str(t).removeprefix("torch.") for t in pair)
                     failures.append(f"{types}, {name}: {found}")
+        for name, check, spans in kept_checks(device, rule):
+            found = check()
+            total += spans
+            if found:
+                failures.append(f"{name}: {found}")
         facts = {"type_pairs": len(PAIRS), "spans": total}
         yield Row(rule, facts, shown=tuple(facts), failed="; ".join(failures[:3]))
