@@ -49,10 +49,13 @@ class Freezer:
         if not trained:
             return
         frozen = self._frozen.setdefault(group, [])
-        known = {id(param) for param in frozen}  # where another hand undid our freeze
+        if frozen:  # another hand undid our freeze
+            known = {id(param) for param in frozen}
+            frozen.extend(param for param in trained if id(param) not in known)
+        else:
+            frozen.extend(trained)
+        # Last: of an interrupted freeze all is undone.
         for param in trained:
-            if id(param) not in known:
-                frozen.append(param)  # first: an interrupted freeze is undone
             param.requires_grad = False
 
     def thaw(self, group: int) -> None:
