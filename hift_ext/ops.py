@@ -245,9 +245,12 @@ def host_slab(size: int) -> Any:
     Raises:
         OSError: There is no room.
     """
-    engine = _ext.Engine([(1, 0.0)], "ram", size, 0, readers=1, writers=1)
-    engine.add_groups([[size]])
-    return engine.view(0, 0, 0, size)
+    kept = {"states": 1, "state_type": 0, "master": False, "staging": 0}
+    words = -(-size // 4)
+    page = max(size, 1)
+    engine = _ext.Engine([(4, 0, 1)], **kept, store="ram", page_bytes=page, readers=1, writers=1)
+    engine.add_groups([[words]])
+    return engine.view(0, 0, 0, words)
 
 
 def cuda_stream(device: torch.device) -> int:

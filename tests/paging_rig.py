@@ -18,9 +18,11 @@ import torch
 from lazy_device import LazyDevice
 
 from hift_ext import engines, ops
+from hift_ext.precision import PLAIN
 
 GROUPS = [[700, 33, 0, 1500], [2600], [257, 256]]
 STREAMS = [ops.StreamSpec("exp_avg"), ops.StreamSpec("exp_avg_sq", 0.25)]
+STORED = PLAIN.stored(STREAMS)
 STEPS, JOINS, SKIPPED, LOADED = 10, 2, 4, 5
 PACKAGE = Path(ops.__file__).parent
 SIZES = [(page, ring) for page in (2048, 4096, 1 << 15) for ring in (2, 3, 0)]
@@ -249,9 +251,9 @@ def midway(cls, seed: int) -> None:
     """What was queued before a refusal does not run into what its slot is given to."""
     names = cls.__init__.__globals__
     device = LazyDevice(seed)
-    group = names["Group"](STREAMS, [8 * 256], 256)
+    group = names["Group"](STORED, [8 * 256], 256)
     new_ring = names["Ring"]
-    ring = new_ring(device, STREAMS, 2, 2048)
+    ring = new_ring(device, STORED, 2, 2048)
 
     def visit(number: int, value: float | None = None) -> torch.Tensor:
         """What the page holds; then it is filled with a value."""
@@ -270,7 +272,7 @@ def midway(cls, seed: int) -> None:
     visit(7, 7.0)
     ring.bring_home()
     ring.close()
-    ring = new_ring(device, STREAMS, 2, 2048)
+    ring = new_ring(device, STORED, 2, 2048)
     seven = visit(7, 8.0)  # into memory that work already queued still uses
     ring.plan([group.pages[5]])
     ring.plan([group.pages[5], group.pages[6]])

@@ -129,11 +129,11 @@ def test_a_whole_ring_keeps_what_is_in_it(whole) -> None:
     kind = ops.kind("adamw", torch.float32, torch.float32)
     rows = [(0, param.data_ptr(), grad.data_ptr(), kind, 0)]
     hypers = [(1.0, 0.99, 0.1, 0.999, 0.001, 0.01, 1.0, 1e-8)]
-    reports = [engine.step(0, rows, hypers, ops.Scalars(), 0) for _ in range(3)]
+    reports = [engine.step(0, rows, hypers, ops.Scalars(), 0, []) for _ in range(3)]
     assert [r.bytes_in for r in reports] == [0, 0, 0]
     assert [r.bytes_out for r in reports] == [4 * 2048] * 3  # the second item's page stays
     engine.tensor(0, 0, 0, 1000)
-    assert engine.step(0, rows, hypers, ops.Scalars(), 0).bytes_in == 4 * 2048
+    assert engine.step(0, rows, hypers, ops.Scalars(), 0, []).bytes_in == 4 * 2048
 
 
 def test_a_ring_too_small_is_refused_and_changes_nothing(whole) -> None:
