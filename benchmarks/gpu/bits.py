@@ -248,7 +248,8 @@ def kept_checks(device: Device, rule: str) -> Iterator[tuple[str, Callable[[], s
     there = partial(run_kernel, device, scalars={})
     pairs = device.size(PAIRS, PAIRS[2:3])
     hyper = hyper_of(rule)
-    return kept.checks(rule, pairs, hyper, device.tensors, _hift_ext.step_spans, there)
+    counts = device.size(kept.COUNTS, kept.COUNTS[:6])
+    return kept.checks(rule, pairs, hyper, device.tensors, _hift_ext.step_spans, there, counts)
 
 
 def run(device: Device, budget: Budget) -> Iterator[Row]:

@@ -61,15 +61,16 @@ class Kept:
         way: str,
         stochastic: bool,
         hyper: tuple[float, ...],
+        counts: Sequence[int],
     ) -> Kept:
-        """Spans of all COUNTS; every second one's addresses are misaligned."""
+        """Spans of all counts; every second one's addresses are misaligned."""
         draw = torch.Generator().manual_seed(len(way) + 10 * stochastic)
         coded, places, end = state == torch.uint8, [], 0
-        for number, count in enumerate(COUNTS):
+        for number, count in enumerate(counts):
             # Blocks of codes begin where the pages' do.
             begin = end if coded else end + number % 2
             places.append((begin, count, FIRSTS[number % len(FIRSTS)]))
-            end = -(-(begin + count) // 256 + 1) * 256 if coded else begin + count + 5
+            end = (1 - -(begin + count) // 256) * 256 if coded else begin + count + 5
         made = cls(rule, way, stochastic, hyper, places)
         made.streams["param"] = torch.randn(end, generator=draw).to(pair[0])
         made.streams["grad"] = torch.randn(end, generator=draw).to(pair[1])
@@ -142,6 +143,7 @@ def checks(
     device: torch.device,
     here: Callable[[list[tuple[Any, ...]]], None],
     there: Callable[[list[tuple[Any, ...]]], None],
+    counts: Sequence[int] = COUNTS,
 ) -> Iterator[tuple[str, Callable[[], str], int]]:
     """Name, check, and number of spans, for every way that is not a specialised kernel's."""
     states, signs = ops.RULES[rule][1], ops.RULES[rule][3]
@@ -150,7 +152,7 @@ def checks(
             continue
         if way == "nearest" and (state == torch.float32 or not states):
             continue
-        before = Kept.random(rule, pair, state, way, random, hyper)
+        before = Kept.random(rule, pair, state, way, random, hyper, counts)
         types = " with ".join(str(t).removeprefix("torch.") for t in pair)
         name = f"{types}, state {state}, {way}{', random state' if random else ''}"
-        yield name, partial(compare, before, device, here, there), len(COUNTS)
+        yield name, partial(compare, before, device, here, there), len(counts)
