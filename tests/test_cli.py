@@ -111,7 +111,7 @@ def test_doctor_without_a_place_for_page_files(monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("no folder for a scratch page file")
 
-    monkeypatch.setattr(ops, "PagedEngine", refuse)
+    monkeypatch.setattr(doctor, "PagedEngine", refuse)
     console = Console(record=True, width=100)
     report = doctor.run(console)
     assert report["scratch"] is None
