@@ -308,6 +308,18 @@ std::byte* Engine::address(int group, std::int64_t index, int stream,
   return ram_->stream_address(table_, group, stream) + it.begin * streams()[stream].element_bytes;
 }
 
+std::vector<std::int64_t> Engine::parts(int group, std::int64_t index) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Item& it = item(group, index, 0, 0);
+  std::vector<std::int64_t> counts;
+  for (std::int64_t at = it.begin; at < it.begin + it.count;) {
+    const Page& page = table_.page(table_.page_of(group, at));
+    counts.push_back(std::min(page.begin + page.count, it.begin + it.count) - at);
+    at += counts.back();
+  }
+  return counts;
+}
+
 void Engine::prefetch(int group) {
   const std::lock_guard<std::mutex> lock(mutex_);
   check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
@@ -344,5 +356,7 @@ std::int64_t Engine::touched_bytes() const {
 }
 
 std::string Engine::description() const { return store_->description(); }
+
+std::string Engine::folder() const { return store_->folder(); }
 
 }  // namespace hift

@@ -83,6 +83,9 @@ class Engine {
   /// be by a first visit.
   std::byte* address(int group, std::int64_t item, int stream, std::shared_ptr<Slab>* owner);
 
+  /// Elements of the item in each page it lies in, in order.
+  std::vector<std::int64_t> parts(int group, std::int64_t item);
+
   void prefetch(int group);
   void flush();
 
@@ -90,6 +93,7 @@ class Engine {
   std::int64_t staging_bytes() const;  // ring in compute memory
   std::int64_t touched_bytes() const;  // of pages that hold something
   std::string description() const;     // the store's, with its fallbacks
+  std::string folder() const;          // where its file is, "" without one
   const std::vector<Stream>& streams() const { return table_.streams(); }
 
  private:

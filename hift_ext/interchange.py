@@ -15,6 +15,7 @@ import torch
 
 from hift_ext.freezing import FreezeHook, Freezer
 from hift_ext.layout import order_entries
+from hift_ext.notices import stacklevel
 from hift_ext.paged_state import PagedState
 
 if TYPE_CHECKING:
@@ -29,16 +30,74 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
         if changed is not None:
             state_dict = changed
 
-    groups = _merged_groups(optimizer, state_dict["param_groups"])
+    groups = merged_groups(optimizer, state_dict["param_groups"])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [p for group in groups for p in group["params"]]
     param_of = dict(zip(saved_ids, members, strict=True))
     group_of = {p: group for group in groups for p in group["params"]}
     values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
+    for index in groups[0].get("hift", {}).get("unvisited", ()):
+        visits.pop(members[index], None)
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
+    adopt_settings(optimizer, groups)
+    if values or visits:
+        optimizer._engine()
+    for p, entry in state.entries.items():
+        if p in values:
+            state.write(entry, values[p])
+        elif entry.visits:
+            state.write(entry, {s.name: torch.full(p.shape, s.fill) for s in entry.streams})
+        entry.visits = visits.get(p, 0)
+
+    adopt_schedule(optimizer)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def with_schedule(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict with a schedule of its own, which loading into it may overwrite."""
+    group = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}
+    if "hift" in group:
+        group["hift"] = copy.deepcopy(group["hift"])
+        if not optimizer.has_step:  # nothing else tells which state is of a first visit
+            members = (p for group in optimizer.param_groups for p in group["params"])
+            entries, state = optimizer.state.entries, optimizer.state
+            group["hift"]["unvisited"] = [
+                index for index, p in enumerate(members) if p in state and not entries[p].visits
+            ]
+    return state_dict
+
+
+def asks_for_state(optimizer: HiFTOptimizer) -> bool:
+    """Whether this `step()` is not one, but wants state to be made; then it is made.
+
+    `torch.distributed.checkpoint.state_dict` calls it so where there is no state: with every rate 0
+    and a gradient of zeros for every parameter. A step of a warm-up at rate 0 has gradients for the
+    active group only, and some that are not zero.
+    """
+    for group in optimizer.param_groups:
+        rate = group["lr"]
+        if (isinstance(rate, torch.Tensor) and rate.device.type != "cpu") or rate != 0:
+            return False
+    if len(optimizer.state):
+        return False
+    for entry in optimizer.state.entries.values():
+        grad: Any = entry.param.grad
+        local = grad.to_local() if hasattr(grad, "to_local") else grad
+        if local is None or local.layout is not torch.strided or local.count_nonzero():
+            return False
+    optimizer._engine()
+    optimizer.state.complete = True
+    return True
+
+
+def adopt_settings(optimizer: HiFTOptimizer, groups: list[dict[str, Any]]) -> None:
+    """Takes over param_groups whose state is about to replace all there is."""
+    state = optimizer.state
     state.settle()
+    group_of = {p: group for group in groups for p in group["params"]}
     for p, entry in state.entries.items():
         entry.streams = optimizer.streams(group_of[p])
     optimizer.param_groups[:] = groups
@@ -49,30 +108,25 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
         state.engine = None
         for entry in state.entries.values():
             entry.visits = 0
-    if values or visits:
-        optimizer._engine()
-    for p, entry in state.entries.items():
-        if p in values:
-            state.write(entry, values[p])
-        elif entry.visits:
-            state.write(entry, {s.name: torch.full(p.shape, s.fill) for s in entry.streams})
-        entry.visits = visits.get(p, 0)
 
-    saved_schedule = groups[0].get("hift")
-    if saved_schedule is not None:
-        problem = optimizer._schedule.load(saved_schedule, len(optimizer._groups))
+
+def adopt_schedule(optimizer: HiFTOptimizer) -> None:
+    """Goes on where the saved schedule in `param_groups[0]["hift"]` stands, if there is one."""
+    saved = optimizer.param_groups[0].get("hift")
+    if saved is not None:
+        problem = optimizer._schedule.load(saved, len(optimizer._groups))
         if problem is not None:
-            warnings.warn(f"{problem}: a new pass begins in its own order", stacklevel=4)
-    groups[0]["hift"] = optimizer._schedule.as_dict
-    if state.engine is not None:
-        state.engine.prefetch(optimizer.active)
+            text = f"{problem}: a new pass begins in its own order"
+            warnings.warn(text, stacklevel=stacklevel())
+    optimizer.param_groups[0]["hift"] = optimizer._schedule.as_dict
+    engine = optimizer.state.engine
+    if engine is not None:
+        engine.prefetch(optimizer.active)
     if optimizer._model is None:
         optimizer.freeze_inactive()
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
 
 
-def _merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved param_groups with this optimizer's parameters in them."""
     ours = optimizer.param_groups
     if len(ours) != len(saved):
@@ -158,7 +212,6 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     kept = dict(kept)
     values, frozen = kept.pop("saved_values"), kept.pop("saved_frozen")
     torch.optim.Optimizer.__setstate__(optimizer, kept)
-    optimizer._freezer = Freezer()
     optimizer._hook = None
     optimizer._frozen_for = -1
     for p in frozen:
@@ -166,6 +219,7 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     optimizer.state = PagedState(  # type: ignore[assignment]
         has_step=optimizer.has_step, from_start=optimizer.state_from_start
     )
+    optimizer._freezer = optimizer.state.freezer = Freezer()
     order_entries(optimizer)
     optimizer._attach()
     if values:

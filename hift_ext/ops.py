@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hift_ext._version import __version__
+from hift_ext.scratch import Scratch
 
 try:
     import _hift_ext as _ext
@@ -55,10 +56,15 @@ _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 
 class StreamSpec(NamedTuple):
-    """One stream of state: its name in `state[p]` and the value it starts from."""
+    """One stream of state: its name in `state[p]` and the value it starts from.
+
+    `dtype` is that of its stored values, each of which serves `run` elements.
+    """
 
     name: str
     fill: float = 0.0
+    dtype: torch.dtype = torch.float32
+    run: int = 1
 
 
 class Report(NamedTuple):
@@ -158,6 +164,15 @@ class StateEngine(Protocol):
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Writes a flat, contiguous float32 CPU tensor to an item's stream."""
 
+    def parts(self, group: int, item: int, count: int) -> list[int]:
+        """Elements of an item that lie in each page; best read and loaded page by page."""
+
+    def read(self, group: int, item: int, stream: int, begin: int, out: torch.Tensor) -> None:
+        """Copies stored values of a stream, from the `begin`-th on, to a contiguous CPU tensor."""
+
+    def load(self, group: int, item: int, stream: int, begin: int, value: torch.Tensor) -> None:
+        """Replaces stored values of a stream, from the `begin`-th on."""
+
     def prefetch(self, group: int) -> None:
         """Starts bringing `group` in."""
 
@@ -213,7 +228,8 @@ class PagedEngine:
             device=-1 if self._cuda is None else self._cuda.index,
             allocate=None if self._cuda is None else allocate,
         )
-        self._in_memory = store == "ram"
+        folder = self._engine.folder
+        self._scratch = Scratch(folder) if folder else None
 
     @property
     def store_bytes(self) -> int:
@@ -248,20 +264,32 @@ class PagedEngine:
         return Report(*self._engine.step(group, rows, hypers, *scalars, threads, following, stream))
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
-        """A view with a storage of its own for host memory, else a copy."""
+        """A view with a storage of its own for host memory, else a copy that can be paged out."""
         if count == 0:
             return torch.empty(0)
-        if self._in_memory:
+        if self._scratch is None:
             return torch.frombuffer(
                 self._engine.view(group, item, stream, count), dtype=torch.float32
             )
-        copy = torch.empty(count)
+        copy = self._scratch.take(count)
         self._engine.read(group, item, stream, 0, count, copy.data_ptr())
         return copy
 
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Writes through the pages the item lies in."""
         self._engine.write(group, item, stream, 0, value.numel(), value.data_ptr())
+
+    def parts(self, group: int, item: int, count: int) -> list[int]:
+        """In host memory pages lie behind each other: one part."""
+        return [count] if self._scratch is None else self._engine.parts(group, item)
+
+    def read(self, group: int, item: int, stream: int, begin: int, out: torch.Tensor) -> None:
+        """Reads from the pages, wherever they are."""
+        self._engine.read(group, item, stream, begin, out.numel(), out.data_ptr())
+
+    def load(self, group: int, item: int, stream: int, begin: int, value: torch.Tensor) -> None:
+        """Writes through the pages."""
+        self._engine.write(group, item, stream, begin, value.numel(), value.data_ptr())
 
     def prefetch(self, group: int) -> None:
         """Starts bringing `group` in."""
@@ -345,6 +373,22 @@ class ResidentEngine:
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Copies `value` to the stream."""
         self._state(group, item)[stream].copy_(value)
+
+    def parts(self, group: int, item: int, count: int) -> list[int]:
+        """There are no pages: one part."""
+        return [count]
+
+    def read(self, group: int, item: int, stream: int, begin: int, out: torch.Tensor) -> None:
+        """Copies a slice; state that was never made is its fill value."""
+        state = self._items[group][item]
+        if state is None:
+            out.fill_(self._streams[stream].fill)
+        else:
+            out.copy_(state[stream][begin : begin + out.numel()])
+
+    def load(self, group: int, item: int, stream: int, begin: int, value: torch.Tensor) -> None:
+        """Copies into a slice."""
+        self._state(group, item)[stream][begin : begin + value.numel()].copy_(value)
 
     def prefetch(self, group: int) -> None:
         """Nothing moves."""

@@ -123,7 +123,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._notices = Notices()
         self._closed = False
         self._frozen_for = -1
-        self._freezer = Freezer()
+        self._freezer = self.state.freezer = Freezer()
         self._hook: Any = None
         for p in trainable:  # some are frozen where the model is a copy of one an optimizer drove
             p.requires_grad_(True)
@@ -156,11 +156,14 @@ class HiFTOptimizer(torch.optim.Optimizer):
             Whether this was the first time.
         """
         active = self._schedule.active
-        if self._closed or self._frozen_for == active or len(self._groups) == 1:
+        lifted = self._freezer.lifted
+        if self._closed or (self._frozen_for == active and not lifted) or len(self._groups) == 1:
             return False
         first = self._frozen_for < 0
         if first:
             self._freezer.claim(p for group in self._groups for p in group.params)
+        if first or lifted:
+            self._freezer.lifted = False
             before = range(len(self._groups))
         else:
             before = range(self._frozen_for, self._frozen_for + 1)
@@ -234,6 +237,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         loss = None
+        if closure is None and interchange.asks_for_state(self):
+            return None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -286,6 +291,16 @@ class HiFTOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's own: state by index, in float32, and settings.
+
+        In host memory the tensors are views of the state; from a file they are copies in a mapped
+        file, which the system can write out.
+        """
+        if self._model is None:
+            self.freeze_inactive()
+        return interchange.with_schedule(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.

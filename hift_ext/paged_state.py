@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
+from hift_ext.freezing import Freezer
 from hift_ext.ops import StateEngine, StreamSpec
+
+
+def strides_of(p: torch.Tensor) -> tuple[int, ...]:
+    """The strides that a parameter's state has, in elements: its own where those have no gaps."""
+    # empty_like keeps the strides of dense tensors only.
+    strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
+    if p.stride() != strides:
+        strides = torch.empty(p.shape, device="meta").stride()
+    return tuple(strides)
 
 
 @dataclass(eq=False, slots=True)
@@ -45,11 +55,8 @@ class Entry:
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""
         p = self.param
-        # empty_like keeps the strides of dense tensors only.
-        strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
-        if p.stride() != strides:
-            strides = torch.empty(p.shape, device="meta").stride()
-        self.numel, self.shape, self.strides = p.numel(), p.shape, tuple(strides)
+        strides = strides_of(p)
+        self.numel, self.shape, self.strides = p.numel(), p.shape, strides
         self.contiguous = torch.empty_strided(p.shape, strides, device="meta").is_contiguous()
 
     def laid_out(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -100,6 +107,8 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._from_start = from_start
         self.engine: StateEngine | None = None
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+        self.freezer: Freezer | None = None
+        self.complete = False  # every parameter has state, visited or not
         self._unsettled: list[tuple[Flag, Sequence[Entry]]] = []
 
     def doubt(self, entries: Sequence[Entry], flag: Flag) -> None:
@@ -119,7 +128,7 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
                     entry.visits -= 1
 
     def _exists(self, entry: Entry) -> bool:
-        made = self._from_start or entry.visits > 0
+        made = self._from_start or self.complete or entry.visits > 0
         return made and (self._has_step or bool(entry.streams))
 
     def __contains__(self, param: object) -> bool:
@@ -136,6 +145,20 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         self.settle()
         return sum(self._exists(entry) for entry in self.entries.values())
+
+    def __bool__(self) -> bool:
+        """Whether any parameter has state; and then all have, and require gradients.
+
+        torch's checkpoint tools ask this first. They deal in parameters that require gradients, and
+        drop the rest, so that what HiFT has frozen must be thawed, until the next forward. And they
+        want the same keys when they save and when they load: parameters that had no visit yet have
+        the state they start from.
+        """
+        if self.freezer is not None:
+            self.freezer.lift()
+        some = len(self) > 0
+        self.complete = self.complete or some
+        return some
 
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         if param not in self:
