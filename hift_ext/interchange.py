@@ -36,8 +36,8 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     param_of = dict(zip(saved_ids, members, strict=True))
     group_of = {p: group for group in groups for p in group["params"]}
     values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
-    for index in groups[0].get("hift", {}).get("unvisited", ()):
-        visits.pop(members[index], None)
+    for index in groups[0].get("hift", {}).get("unvisited", "").split():
+        visits.pop(members[int(index)], None)
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
@@ -60,13 +60,13 @@ def with_schedule(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> dict[
     """The state_dict with a schedule of its own, which loading into it may overwrite."""
     group = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}
     if "hift" in group:
-        group["hift"] = copy.deepcopy(group["hift"])
-        if not optimizer.has_step:  # nothing else tells which state is of a first visit
+        group["hift"] = optimizer._schedule.exported(len(optimizer.param_groups))
+        if not optimizer.has_step:  # nothing else tells whose first visit is to come
             members = (p for group in optimizer.param_groups for p in group["params"])
             entries, state = optimizer.state.entries, optimizer.state
-            group["hift"]["unvisited"] = [
-                index for index, p in enumerate(members) if p in state and not entries[p].visits
-            ]
+            group["hift"]["unvisited"] = " ".join(
+                str(i) for i, p in enumerate(members) if p in state and not entries[p].visits
+            )
     return state_dict
 
 

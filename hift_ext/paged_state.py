@@ -161,9 +161,11 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         return some
 
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        entry = self.entries[param]
+        if not self._has_step and not entry.streams:
+            return {}  # as torch answers for plain SGD
         if param not in self:
             raise KeyError(param)
-        entry = self.entries[param]
         values: dict[str, torch.Tensor] = {}
         if self._has_step:
             values["step"] = torch.tensor(float(entry.visits))

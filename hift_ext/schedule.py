@@ -67,6 +67,19 @@ class Schedule:
         """What `param_groups[0]["hift"]` holds: order, position, pass, latched lr or None, seed."""
         return self._now
 
+    def exported(self, rates: int) -> dict[str, Any]:
+        """A copy for a state_dict, with the same keys and lengths at all times.
+
+        torch flattens state_dicts, and merges what it loads into the one that is there key by key:
+        no rate is a list of None, and the number of groups tells whether an order is whole.
+
+        Args:
+            rates: Number of param_groups.
+        """
+        lr = list(self.latched or ())
+        lr += [None] * (rates - len(lr))  # type: ignore[list-item]
+        return {**self._now, "order": self.order, "lr": lr, "groups": len(self.order)}
+
     @property
     def order(self) -> list[int]:
         """Group indices in the order of their turns."""
@@ -135,15 +148,17 @@ class Schedule:
         """
         order = [int(index) for index in saved["order"]]
         position = int(saved["position"])
-        if sorted(order) == list(range(count)) and 0 <= position < count:
+        groups = int(saved.get("groups", len(order)))
+        rates = [float(rate) for rate in saved["lr"] or () if rate is not None]
+        if groups == count and sorted(order) == list(range(count)) and 0 <= position < count:
             self._added = []
             self._now = {
                 "order": order,
                 "position": position,
                 "pass": int(saved["pass"]),
-                "lr": None if saved["lr"] is None else [float(rate) for rate in saved["lr"]],
+                "lr": rates or None,
                 "seed": int(saved["seed"]),
             }
             return None
         self._now = {**self._now, "position": 0, "pass": int(saved["pass"]), "lr": None}
-        return f"the saved order is of {len(order)} groups, this optimizer has {count}"
+        return f"the saved order is of {groups} groups, this optimizer has {count}"
