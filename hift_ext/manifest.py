@@ -100,7 +100,7 @@ class Manifest:
             "params": [_param_out(param) for param in self.params],
             "shards": self.shards,
         }
-        data = memoryview(json.dumps({**body, "crc32": _sum(body)}, indent=1).encode())
+        data = memoryview(json.dumps({**body, "crc32": _sum(body)}).encode())
         file = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             while data:
