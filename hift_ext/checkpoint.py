@@ -41,6 +41,7 @@ SHARD_BYTES = 4 << 30
 """A shard is closed when it has as many; a larger tensor has one for itself."""
 
 _STEP = BUFFER_BYTES // 4  # stored values at once; none is wider
+_LOAD_STEP = 2 * _STEP  # a stream of a default page: a page in a file is written for every piece
 
 
 def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
@@ -172,7 +173,7 @@ def _write_shards(
         specs = [param.spec(stream) for _, param in batch for stream in param.streams]
         with ShardWriter(folder / name, specs) as shard, Pieces() as pieces:
             for entry, param in batch:
-                for at, begin, count in _walk(engine, entry, param.streams):
+                for at, begin, count in _walk(engine, entry, param.streams, _STEP):
                     stream = param.streams[at]
                     value = pieces.buffer(stream.dtype, count)
                     engine.read(entry.group, entry.item, at, begin, value)
@@ -189,16 +190,16 @@ def _write_shards(
 
 
 def _walk(
-    engine: StateEngine, entry: Entry, streams: list[SavedStream]
+    engine: StateEngine, entry: Entry, streams: list[SavedStream], step: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Pieces (stream, first stored value, number of them) that fit a buffer, page by page."""
+    """Pieces (stream, first stored value, at most `step` of them), page by page."""
     begin = 0
     for elements in engine.parts(entry.group, entry.item, entry.numel):
         for at, stream in enumerate(streams):
             first = stored_count(begin, stream.run)
             end = stored_count(begin + elements, stream.run)
-            for piece in range(first, end, _STEP):
-                yield at, piece, min(_STEP, end - piece)
+            for piece in range(first, end, step):
+                yield at, piece, min(step, end - piece)
         begin += elements
 
 
@@ -260,7 +261,7 @@ def _replace(
 ) -> None:
     state = optimizer.state
     interchange.adopt_settings(optimizer, groups)
-    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
+    buffer = torch.empty(4 * _LOAD_STEP, dtype=torch.uint8)
     for entry in (entry for group in optimizer._entries for entry in group):
         param = found.get(entry.param)
         by_name = {} if param is None else {stream.name: stream for stream in param.streams}
@@ -294,7 +295,7 @@ def _load_entry(
             (at, 0, stored_count(entry.numel, stream.run)) for at, stream in enumerate(wanted)
         )
     else:
-        pieces = _walk(engine, entry, wanted)
+        pieces = _walk(engine, entry, wanted, _LOAD_STEP)
     sums = [0] * len(wanted)
     for at, begin, count in pieces:
         source = sources[at]

@@ -272,6 +272,23 @@ def check_fit(
             )
 
 
+def _names_in(folder: Path) -> set[str]:
+    """Names of the files of a directory that may be replaced and removed meanwhile."""
+    while True:
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return set()
+        try:
+            names = set(os.listdir(handle))
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return names
+        except FileNotFoundError:
+            return set()
+        finally:
+            os.close(handle)
+
+
 def check_files(folder: Path) -> None:
     """Refuses to replace what is not a checkpoint, or holds files that are not its own.
 
@@ -282,7 +299,7 @@ def check_files(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is not a directory: save elsewhere, or remove it")
-    there = {path.name for path in folder.iterdir()}
+    there = _names_in(folder)
     if not there:
         return
     if NAME not in there:

@@ -154,8 +154,8 @@ class Replacement:
         """Puts the folder in the target's place; its files must be on the disk."""
         sync_folder(self.folder)
         old = self.folder
-        if not os.path.lexists(self._target):
-            os.rename(self.folder, self._target)
+        if not os.path.lexists(self._target) and self._take_free_name():
+            pass
         elif not _exchange(self.folder, self._target):
             old = self.folder.with_name(self.folder.name + _OLD)
             os.rename(self._target, old)
@@ -168,6 +168,15 @@ class Replacement:
         self._published = True
         sync_folder(self._target.parent)
         shutil.rmtree(old, ignore_errors=True)  # or the next `sweep` does
+
+    def _take_free_name(self) -> bool:
+        try:
+            os.rename(self.folder, self._target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False  # another process was quicker
+            raise
+        return True
 
     def __enter__(self) -> Self:
         return self

@@ -65,7 +65,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("steps", [0, 3, 6])
+@pytest.mark.parametrize("steps", [0, 3])
 def test_from_every_store_to_every_other(rule, steps, store, tmp_path) -> None:
     model, optimizer = make(rule, store=store)
     models.train(model, optimizer, models.batches(steps))
@@ -73,7 +73,7 @@ def test_from_every_store_to_every_other(rule, steps, store, tmp_path) -> None:
     hift_ext.save(optimizer, tmp_path / "saved")
     assert same(everything(optimizer), before)
     models.train(model, optimizer, models.batches(5, seed=2))
-    for other, page in (("ram", 2048), ("disk", 16384), ("disk", 4096), ("device", 4096)):
+    for other, page in (("ram", 2048), ("disk", 16384), ("device", 4096)):
         again, resumed = make(rule, seed=1, store=other, lr=0.5)
         resumed._options["page_bytes"] = page
         models.train(again, resumed, models.batches(2))  # what is there must go
@@ -128,6 +128,7 @@ def test_shards_are_safetensors_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(shards, "BUFFER_BYTES", 4096)
     monkeypatch.setattr(checkpoint, "_STEP", 1024)
+    monkeypatch.setattr(checkpoint, "_LOAD_STEP", 700)
     model, optimizer = make()
     models.train(model, optimizer, models.batches(9))
     hift_ext.save(optimizer, tmp_path / "saved")

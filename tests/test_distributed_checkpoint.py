@@ -54,12 +54,13 @@ def standing(optimizer: hift_ext.HiFTOptimizer) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("rule", RULES)
+# torch's own SGD without momentum fails with full_state_dict: "Expected device to be set".
+PAIRS = [(rule, kind) for rule in RULES for kind in OPTIONS if rule != "sgd" or "full" not in kind]
+
+
+@pytest.mark.parametrize(("rule", "kind"), PAIRS)
 @pytest.mark.parametrize("steps", [2, 9])  # in the middle of the first pass, and of the third
 def test_round_trip(rule, kind, steps, tmp_path) -> None:
-    if rule == "sgd" and "full" in kind:
-        return  # torch's own SGD without momentum fails there: "Expected device to be set"
     options = StateDictOptions(**OPTIONS[kind])
     model, optimizer = make(rule)
     models.train(model, optimizer, models.batches(steps))

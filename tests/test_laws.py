@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "core": {"core"},
 }
 LEAF_HEADERS = {"rules": {"cmath", "cstdint", "cstring"}}
-FREE_OF_EXTENSION = {"layers", "schedule", "tree", "triton_step"}
+FREE_OF_EXTENSION = {"layers", "replace", "schedule", "scratch", "shards", "tree", "triton_step"}
 
 
 def sources(root: Path, *folders: str) -> list[Path]:
