@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The bound of bench_step: a plain C loop that reads and writes the same bytes as a step does and
-# computes next to nothing. Compiled when it is needed, since torch has no such pass.
+# The bounds of bench_step and bench_clip: plain C loops that read and write the same bytes as a
+# step or a norm and compute next to nothing. Compiled when needed; torch has no such pass.
 """How fast a step could be if arithmetic were free."""
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ LOOP(wide1, uint32_t, 1)
 LOOP(wide2, uint32_t, 2)
 LOOP(narrow2, uint16_t, 2)
 
+FOR_EACH_TARGET static uint32_t look(const Tensor* t, int64_t i, int64_t end, int narrow) {
+  const uint32_t* restrict words = (const uint32_t*)((const char*)t->grad + (narrow ? 2 : 4) * i);
+  const int64_t count = (end - i) / (narrow ? 2 : 1);
+  uint32_t all = 0;
+  for (int64_t k = 0; k < count; ++k) all |= words[k];
+  return all;
+}
+static volatile uint32_t seen;
+
 typedef struct {
   const Tensor* tensors;
   int64_t count, begin, end;
@@ -66,7 +75,8 @@ static void* work(void* argument) {
     const int64_t begin = job->begin > first ? job->begin - first : 0;
     const int64_t end = job->end - first < t->count ? job->end - first : t->count;
     if (begin >= end) continue;
-    if (job->narrow) narrow2(t, begin, end, (uint16_t)job->zero);
+    if (job->states == 0) seen = look(t, begin, end, job->narrow);
+    else if (job->narrow) narrow2(t, begin, end, (uint16_t)job->zero);
     else if (job->states == 2) wide2(t, begin, end, job->zero);
     else wide1(t, begin, end, job->zero);
   }
@@ -79,8 +89,8 @@ int ceiling(const Tensor* tensors, int64_t count, int states, int narrow, int th
   pthread_t thread[kMost];
   Job job[kMost];
   int64_t total = 0;
-  if (threads < 1 || threads > kMost || states < 1 || states > 2) return -1;
-  if (narrow && states != 2) return -1;
+  if (threads < 1 || threads > kMost || states < 0 || states > 2) return -1;
+  if (narrow && states == 1) return -1;
   for (int64_t k = 0; k < count; ++k) total += tensors[k].count;
   if (total < 65536) threads = 1;
   for (int t = 0; t < threads; ++t) {
@@ -124,6 +134,19 @@ def compiled() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def _run(library: ctypes.CDLL, tensors: ctypes.Array[_Tensor], states: int, narrow: int) -> None:
+    failed = library.ceiling(
+        tensors,
+        ctypes.c_int64(len(tensors)),
+        states,
+        narrow,
+        torch.get_num_threads(),
+        ctypes.c_uint32(0),
+    )
+    if failed:
+        raise RuntimeError("the ceiling could not start its threads")
+
+
 class Ceiling:
     """Reads and writes what a step over `params` with `states` fp32 states reads and writes.
 
@@ -157,13 +180,20 @@ class Ceiling:
 
     def __call__(self) -> None:
         """One pass over all bytes, on torch's number of threads."""
-        failed = self._library.ceiling(
-            self._tensors,
-            ctypes.c_int64(len(self._tensors)),
-            self._states,
-            self._narrow,
-            torch.get_num_threads(),
-            ctypes.c_uint32(0),
-        )
-        if failed:
-            raise RuntimeError("the ceiling could not start its threads")
+        _run(self._library, self._tensors, self._states, self._narrow)
+
+
+class ReadCeiling:
+    """Reads `tensors`, of 2 or 4 bytes an element, and writes nothing."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._library = compiled()
+        self._tensors = (_Tensor * len(tensors))()
+        self._held = list(tensors)
+        for item, tensor in zip(self._tensors, tensors, strict=True):
+            item.grad, item.count = tensor.data_ptr(), tensor.numel()
+        self._narrow = int(tensors[0].element_size() == 2)
+
+    def __call__(self) -> None:
+        """One pass over all bytes, on torch's number of threads."""
+        _run(self._library, self._tensors, 0, self._narrow)

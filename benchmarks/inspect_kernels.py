@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Compiles csrc/cuda/step.cu with the build's own compiler and flags, disassembles every kernel, and
-# says which of them are at the memory bound with exact arithmetic. No GPU is needed.
+# Compiles csrc/cuda/step.cu and norm.cu with the build's own compiler and flags, disassembles every
+# kernel, and says which are at the memory bound with exact arithmetic. No GPU is needed.
 """`python benchmarks/inspect_kernels.py --json FILE`: the kernels, read from their machine code."""
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import norm_verdicts
 from common import machine, write
 from rich.console import Console
 from rich.table import Table
@@ -202,6 +203,54 @@ def inspect(
     return [{**kind, **judge(kernel, ARCHS[arch], cost)} for kernel in kernels]
 
 
+def norm_kernels(tools: Tools, cubin: Path) -> list[norm_verdicts.NormKernel]:
+    """Every kernel of the compiled norm.cu."""
+    sass = parse_sass(tools.dump("-sass", cubin))
+    usage = parse_usage(tools.dump("-res-usage", cubin))
+    bounds = parse_bounds(cubin.with_suffix(".ptx").read_text())
+    plain = run(["c++filt", *sass]).splitlines()
+    made = []
+    for name, text in zip(sass, plain, strict=True):
+        kind = norm_verdicts.identify(text)
+        threads = bounds.get(name, (norm_verdicts.LANES, 1))
+        made.append(norm_verdicts.NormKernel(*kind, sass[name], usage[name], *threads))
+    return made
+
+
+def inspect_norm(
+    tools: Tools, arch: str, csrc: Path = CSRC, more_flags: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Compiles norm.cu, and judges its kernels for a card of architecture `arch`."""
+    source, flags = csrc / "cuda" / "norm.cu", [*device_flags(), f"-I{csrc}", *more_flags]
+    with tempfile.TemporaryDirectory() as place:
+        kernels = norm_kernels(tools, compile_cubin(tools, source, arch, flags, Path(place)))
+    seen = sorted(str((kernel.name, kernel.grad)) for kernel in kernels)
+    if seen != sorted(map(str, norm_verdicts.KERNELS)):
+        raise SystemExit(f"norm.cu has the kernels {seen}, not {norm_verdicts.KERNELS}")
+    kind = {"arch": f"sm_{arch}", "card": ARCHS[arch].card}
+    judged = (norm_verdicts.judge_norm(kernel, ARCHS[arch], arch) for kernel in kernels)
+    return [{**kind, **row} for row in judged]
+
+
+def norm_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The norm's kernels on all architectures, for reading."""
+    made = Table(title="the norm of a LLaMA-7B block's gradients")
+    for name in ("arch", "kernel", "grad", "regs", "loads", "memory ms", "fp64 ms", "verdict"):
+        made.add_column(name)
+    for row in rows:
+        made.add_row(
+            row["arch"],
+            row["kernel"],
+            row["grad"] or "",
+            str(row["registers"]),
+            widths(row.get("load_bits", {})),
+            f"{row['memory_ms']:.2f}" if "memory_ms" in row else "",
+            f"{row.get('fp64_ms', row.get('latency_ms', 0)):.2f}",
+            "ok" if row["ok"] else ", ".join(name for name, why in row["verdicts"].items() if why),
+        )
+    return made
+
+
 def widths(counts: dict[str, int]) -> str:
     """Accesses of a loop, such as `4x128`."""
     return " ".join(
@@ -257,6 +306,7 @@ def main() -> None:
         "latency_s": LATENCY_S,
         "cards": {f"sm_{arch}": asdict(ARCHS[arch]) for arch in options.arch},
         "rows": [],
+        "norm_rows": [],
     }
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -264,6 +314,7 @@ def main() -> None:
     for arch in options.arch:
         begin = time.perf_counter()
         result["rows"] += inspect(tools, arch)
+        result["norm_rows"] += inspect_norm(tools, arch)
         console.print(f"sm_{arch}: {time.perf_counter() - begin:.1f} s")
     seen = Counter((row["rule"], row["param"], row["grad"]) for row in result["rows"])
     missing = [kernel for kernel in KERNELS if seen[kernel] != len(options.arch)]
@@ -271,18 +322,18 @@ def main() -> None:
         raise SystemExit(f"step.cu has no kernel, or several, for {missing}")
     if options.json:
         write(options.json, result)
-    failed = [row for row in result["rows"] if not row["ok"]]
+    judged = [*result["rows"], *result["norm_rows"]]
+    failed = [row for row in judged if not row["ok"]]
     for arch in options.arch:
         console.print(table([row for row in result["rows"] if row["arch"] == f"sm_{arch}"]))
+    console.print(norm_table(result["norm_rows"]))
     for row in failed:
         for name, reasons in row["verdicts"].items():
             for reason in reasons:
-                print(
-                    f"{row['arch']} {row['rule']} {row['param']}/{row['grad']}: {name}: {reason}",
-                    file=sys.stderr,
-                )
+                what = row.get("kernel") or f"{row['rule']} {row['param']}"
+                print(f"{row['arch']} {what}/{row['grad']}: {name}: {reason}", file=sys.stderr)
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(result['rows'])} kernels fail a verdict")
+        raise SystemExit(f"{len(failed)} of {len(judged)} kernels fail a verdict")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python face of the extension: addresses, counts and stream handles come in as integers. Only
-// this file and bind_tensors know Python. The interpreter lock is released wherever work is done.
+// the bind*.cpp files know Python. The interpreter lock is released wherever work is done.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "bind_norm.h"
 #include "bind_tensors.h"
 #include "core/check.h"
+#include "core/precision.h"
+#include "cpu/codes.h"
 #include "cpu/step.h"
 #include "engine.h"
 #if HIFT_CUDA
@@ -21,6 +24,8 @@ namespace {
 
 using hift::DType;
 using hift::integer;
+using hift::Row;
+using hift::Rows;
 using hift::Scaling;
 using hift::Span;
 using hift::Update;
@@ -32,35 +37,55 @@ struct Bytes {
   std::int64_t size;
 };
 
+/// The key of a row's random numbers, and the elements of its parameter before the item's.
+using Draw = std::pair<std::uint64_t, std::int64_t>;
+
 DType dtype_of(long code) {
   hift::check_argument(code >= 0 && code < 3, "dtype code ", code,
                        " is not one of 0 (float32), 1 (bfloat16), 2 (float16)");
   return static_cast<DType>(code);
 }
 
-/// `kind` packs a rule's number and two dtype codes: rule | parameter << 8 | gradient << 12.
+/// `kind` packs a rule's number, two dtype codes and how weights are kept: rule | parameter << 8 |
+/// gradient << 12 | weights << 16.
 template <class T>
 void unpack(T& to, std::int64_t kind) {
   to.rule = static_cast<std::int32_t>(kind & 0xff);
   to.param_dtype = dtype_of(kind >> 8 & 0xf);
-  to.grad_dtype = dtype_of(kind >> 12);
+  to.grad_dtype = dtype_of(kind >> 12 & 0xf);
+  to.weights = static_cast<hift::Weights>(kind >> 16);
 }
 
-/// Rows (item, parameter address, gradient address, kind, row of `hypers`); a row of hypers is the
-/// gradient's factor (1, or -1 to maximize), then the rule's hyper-parameters in C++ order.
-std::vector<Update> updates_of(const py::list& rows,
-                               const std::vector<std::vector<float>>& hypers) {
-  std::vector<Update> updates(rows.size());
-  for (std::size_t i = 0; i < updates.size(); ++i) {
-    PyObject* row = PyList_GET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i));
+/// Rows as Python writes them: tuples of the five fields.
+Rows rows_of(const py::list& tuples) {
+  Rows rows;
+  for (const py::handle& tuple : tuples) {
+    PyObject* row = tuple.ptr();
     hift::check_argument(PyTuple_Check(row) && PyTuple_GET_SIZE(row) == 5,
                          "an update is a tuple of five integers");
+    rows.all.push_back(
+        {integer(row, 0), integer(row, 1), integer(row, 2), integer(row, 3), integer(row, 4)});
+  }
+  return rows;
+}
+
+/// A row of hypers is the gradient's factor (1, or -1 to maximize), then the rule's
+/// hyper-parameters in C++ order. `draws`, if there are any, holds each row's key of random numbers
+/// and its elements before the item's.
+std::vector<Update> updates_of(const Rows& rows, const std::vector<std::vector<float>>& hypers,
+                               const std::vector<Draw>& draws) {
+  hift::check_argument(draws.empty() || draws.size() == rows.all.size(), draws.size(),
+                       " draws for ", rows.all.size(), " rows");
+  std::vector<Update> updates(rows.all.size());
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    const Row& row = rows.all[i];
     Update& u = updates[i];
-    u.item = integer(row, 0);
-    u.param = reinterpret_cast<void*>(integer(row, 1));
-    u.grad = reinterpret_cast<const void*>(integer(row, 2));
-    unpack(u, integer(row, 3));
-    const auto h = static_cast<std::size_t>(integer(row, 4));
+    if (!draws.empty()) std::tie(u.key, u.shard) = draws[i];
+    u.item = row.item;
+    u.param = reinterpret_cast<void*>(row.param);
+    u.grad = reinterpret_cast<const void*>(row.grad);
+    unpack(u, row.kind);
+    const auto h = static_cast<std::size_t>(row.hyper);
     hift::check_argument(h < hypers.size() && !hypers[h].empty(), "row ", h,
                          " of hypers is absent or empty");
     hift::check_argument(hypers[h].size() <= 1 + u.hyper.size(), "row ", h, " of hypers has ",
@@ -73,12 +98,13 @@ std::vector<Update> updates_of(const py::list& rows,
 }
 
 /// Rows (parameter address, gradient address, count, kind, (state address, ...), (gradient factor,
-/// hyper, ...)).
+/// hyper, ...)), and where numbers are kept in another way (state type, (scale address, ...),
+/// master address, stochastic state, key, elements of the parameter before).
 std::vector<Span> spans_of(const py::list& rows) {
   std::vector<Span> spans;
   for (const py::handle& row : rows) {
     const auto t = py::cast<py::tuple>(row);
-    hift::check_argument(t.size() == 6, "a span is a tuple of six");
+    hift::check_argument(t.size() == 6 || t.size() == 7, "a span is a tuple of six or seven");
     Span s;
     s.param = reinterpret_cast<void*>(t[0].cast<std::int64_t>());
     s.grad = reinterpret_cast<const void*>(t[1].cast<std::int64_t>());
@@ -91,10 +117,23 @@ std::vector<Span> spans_of(const py::list& rows) {
                          " takes ", rule.states, " state streams, not ", states.size());
     hift::check_argument(static_cast<int>(hyper.size()) == rule.hypers + 1, "rule ", rule.name,
                          " takes 1 + ", rule.hypers, " numbers, not ", hyper.size());
-    for (std::size_t i = 0; i < states.size(); ++i)
-      s.state[i] = reinterpret_cast<float*>(states[i]);
+    for (std::size_t i = 0; i < states.size(); ++i) s.state[i] = reinterpret_cast<void*>(states[i]);
     s.grad_factor = hyper[0];
     std::copy(hyper.begin() + 1, hyper.end(), s.hyper);
+    if (t.size() == 7) {
+      const auto kept = t[6].cast<py::tuple>();
+      hift::check_argument(kept.size() == 6, "how a span is kept is a tuple of six");
+      s.state_type = static_cast<hift::StateType>(kept[0].cast<int>());
+      const auto scales = kept[1].cast<std::vector<std::int64_t>>();
+      hift::check_argument(scales.empty() || scales.size() == states.size(), scales.size(),
+                           " scales for ", states.size(), " state streams");
+      for (std::size_t i = 0; i < scales.size(); ++i)
+        s.scale[i] = reinterpret_cast<float*>(scales[i]);
+      s.master = reinterpret_cast<void*>(kept[2].cast<std::int64_t>());
+      s.stochastic_state = kept[3].cast<bool>();
+      s.key = kept[4].cast<std::uint64_t>();
+      s.shard = kept[5].cast<std::int64_t>();
+    }
     spans.push_back(s);
   }
   return spans;
@@ -106,6 +145,11 @@ Scaling scaling_of(std::int64_t grad_scale, std::int64_t clip, std::int64_t foun
   s.clip = reinterpret_cast<const float*>(clip);
   s.found_inf = reinterpret_cast<const float*>(found_inf);
   return s;
+}
+
+/// Tells the caller, before any line of Python can be interrupted, that the update was made.
+void note_done(const py::object& done) {
+  if (!done.is_none()) py::cast<py::list>(done).append(true);
 }
 
 py::dict build_info() {
@@ -150,42 +194,48 @@ std::unique_ptr<hift::Compute> compute(int device, const py::object& allocate) {
 void bind_engine(py::module_& m) {
   using hift::Engine;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init([](const std::vector<std::pair<std::int64_t, float>>& streams,
-                       const std::string& store, std::int64_t page_bytes, std::int64_t staging,
-                       int readers, int writers, int device, const py::object& allocate) {
-             std::vector<hift::Stream> all;
-             for (const auto& [element_bytes, fill] : streams) {
-               std::uint32_t bits;
-               std::memcpy(&bits, &fill, sizeof bits);
-               all.push_back({element_bytes, bits});
-             }
-             const hift::EngineOptions options{store, page_bytes, staging, readers, writers};
-             return std::make_shared<Engine>(std::move(all), options, compute(device, allocate));
-           }),
-           py::arg("streams"), py::arg("store"), py::arg("page_bytes"), py::arg("staging"),
-           py::arg("readers"), py::arg("writers"), py::arg("device") = -1,
-           py::arg("allocate") = py::none())
+      .def(
+          py::init(
+              [](const std::vector<std::tuple<std::int64_t, std::uint32_t, std::int64_t>>& streams,
+                 int states, int state_type, bool master, const std::string& store,
+                 std::int64_t page_bytes, std::int64_t staging, int readers, int writers,
+                 int device, const py::object& allocate) {
+                std::vector<hift::Stream> all;
+                for (const auto& [value_bytes, fill, run] : streams) {
+                  all.push_back({value_bytes, fill, run});
+                }
+                const hift::EngineOptions options{store,   page_bytes,
+                                                  staging, readers,
+                                                  writers, static_cast<hift::StateType>(state_type),
+                                                  states,  master};
+                return std::make_shared<Engine>(std::move(all), options, compute(device, allocate));
+              }),
+          py::arg("streams"), py::arg("states"), py::arg("state_type"), py::arg("master"),
+          py::arg("store"), py::arg("page_bytes"), py::arg("staging"), py::arg("readers"),
+          py::arg("writers"), py::arg("device") = -1, py::arg("allocate") = py::none())
       .def("add_groups", &Engine::add_groups, py::call_guard<py::gil_scoped_release>())
       .def(
           "step",
-          [](Engine& engine, int group, const py::list& rows,
+          [](Engine& engine, int group, const Rows& rows,
              const std::vector<std::vector<float>>& hypers, std::int64_t grad_scale,
-             std::int64_t clip, std::int64_t found_inf, int threads, int next,
-             std::int64_t stream) {
-            const std::vector<Update> updates = updates_of(rows, hypers);
+             std::int64_t clip, std::int64_t found_inf, int threads, int next, std::int64_t stream,
+             const py::object& done, const std::vector<Draw>& draws, bool stochastic_state) {
+            const std::vector<Update> updates = updates_of(rows, hypers, draws);
             hift::StepReport report;
             {
               py::gil_scoped_release release;
               report = engine.step(group, updates, scaling_of(grad_scale, clip, found_inf), threads,
-                                   next, reinterpret_cast<void*>(stream));
+                                   next, reinterpret_cast<void*>(stream), stochastic_state);
             }
+            note_done(done);
             return py::make_tuple(report.moved.bytes_in, report.moved.bytes_out,
                                   report.moved.wait_ms, report.moved.transfer_ms, report.update_ms,
                                   report.step_ms);
           },
           py::arg("group"), py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"),
           py::arg("clip"), py::arg("found_inf"), py::arg("threads"), py::arg("next"),
-          py::arg("stream") = 0)
+          py::arg("stream") = 0, py::arg("done") = py::none(),
+          py::arg("draws") = std::vector<Draw>(), py::arg("stochastic_state") = false)
       .def(
           "read",
           [](Engine& engine, int group, std::int64_t item, int stream, std::int64_t begin,
@@ -211,8 +261,7 @@ void bind_engine(py::module_& m) {
                data = engine.address(group, item, stream, &owner);
              }
              if (data == nullptr) return py::none();
-             return py::cast(
-                 Bytes{std::move(owner), data, count * engine.streams()[stream].element_bytes});
+             return py::cast(Bytes{std::move(owner), data, engine.streams()[stream].bytes(count)});
            })
       .def("parts", &Engine::parts, py::call_guard<py::gil_scoped_release>())
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
@@ -242,8 +291,36 @@ PYBIND11_MODULE(_hift_ext, m) {
     return py::buffer_info(b.data, 1, py::format_descriptor<std::uint8_t>::format(), b.size);
   });
 
+  py::class_<Rows>(m, "Rows")
+      .def(py::init(&rows_of))
+      .def("__len__", [](const Rows& rows) { return rows.all.size(); })
+      .def("__getitem__", [](const Rows& rows, std::size_t at) {
+        if (at >= rows.all.size()) throw py::index_error();
+        const Row& row = rows.all[at];
+        return py::make_tuple(row.item, row.param, row.grad, row.kind, row.hyper);
+      });
+  py::implicitly_convertible<py::list, Rows>();
   m.def("plain_rows", &hift::plain_rows, py::arg("exchange"), py::arg("types"), py::arg("wanted"),
-        py::arg("rules"), py::arg("device"));
+        py::arg("rules"), py::arg("ways"), py::arg("device"));
+  m.def("visit_key", &hift::generic::visit_key, py::arg("seed"), py::arg("param"),
+        py::arg("visit"));
+  m.def(
+      "decode",
+      [](std::int64_t codes, std::int64_t scales, std::int64_t count, bool is_signed,
+         std::int64_t to) {
+        hift::cpu::decode(reinterpret_cast<const std::uint8_t*>(codes),
+                          reinterpret_cast<const float*>(scales), count, is_signed,
+                          reinterpret_cast<float*>(to));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "encode",
+      [](std::int64_t from, std::int64_t count, bool is_signed, std::int64_t codes,
+         std::int64_t scales) {
+        hift::cpu::encode(reinterpret_cast<const float*>(from), count, is_signed,
+                          reinterpret_cast<std::uint8_t*>(codes), reinterpret_cast<float*>(scales));
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("cuda_info", &cuda_info);
   m.def("use_instruction_set", &hift::cpu::use_instruction_set, py::arg("name"));
@@ -251,33 +328,40 @@ PYBIND11_MODULE(_hift_ext, m) {
     py::dict rules;
     for (int i = 0; i < hift::cpu::rule_count(); ++i) {
       const hift::RuleEntry& rule = hift::cpu::rule(i);
-      rules[rule.name] = py::make_tuple(i, rule.states, rule.hypers);
+      rules[rule.name] = py::make_tuple(i, rule.states, rule.hypers, rule.non_negative);
     }
     return rules;
   });
   m.def(
       "step_spans",
       [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
-         int threads) {
+         int threads, const py::object& done) {
         const std::vector<Span> spans = spans_of(rows);
-        py::gil_scoped_release release;
-        hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
-                        threads);
+        {
+          py::gil_scoped_release release;
+          hift::cpu::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                          threads);
+        }
+        note_done(done);
       },
       py::arg("rows"), py::arg("grad_scale") = 0, py::arg("clip") = 0, py::arg("found_inf") = 0,
-      py::arg("threads") = 1);
+      py::arg("threads") = 1, py::arg("done") = py::none());
 #if HIFT_CUDA
   m.def(
       "cuda_step_spans",
       [](const py::list& rows, std::int64_t grad_scale, std::int64_t clip, std::int64_t found_inf,
-         int device, std::int64_t stream) {
+         int device, std::int64_t stream, const py::object& done) {
         const std::vector<Span> spans = spans_of(rows);
-        py::gil_scoped_release release;
-        hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
-                         device, reinterpret_cast<void*>(stream));
+        {
+          py::gil_scoped_release release;
+          hift::cuda::step(spans.data(), spans.size(), scaling_of(grad_scale, clip, found_inf),
+                           device, reinterpret_cast<void*>(stream));
+        }
+        note_done(done);
       },
       py::arg("rows"), py::arg("grad_scale"), py::arg("clip"), py::arg("found_inf"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("device"), py::arg("stream"), py::arg("done") = py::none());
 #endif
   bind_engine(m);
+  hift::bind_norm(m);
 }

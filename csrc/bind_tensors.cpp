@@ -3,6 +3,9 @@
 // tensor library is needed.
 #include "bind_tensors.h"
 
+#include <pybind11/stl.h>
+
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -89,10 +92,11 @@ std::int64_t integer(PyObject* tuple, Py_ssize_t at) {
 }
 
 py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const py::list& wanted,
-                      const py::list& rules, int device) {
+                      const py::list& rules, const std::array<std::int64_t, 3>& ways, int device) {
   const auto* api = exchange.get_pointer<DlExchange>();
   if (api->header.major != 1 || api->tensor_from_object == nullptr) return py::none();
   static PyObject* const name = PyUnicode_InternFromString("grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const auto look = [&](PyObject* object, Flat* flat) {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     bool known = false;
@@ -103,16 +107,26 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
       PyErr_Clear();  // it has no elements in a row: Python says what is wrong with it, if anything
       return false;
     }
-    return flatten(tensor, device, flat);
+    if (!flatten(tensor, device, flat)) return false;
+    if (flat->data == 0 && flat->count > 0) return false;
+    // An imaginary part may be lazily negated, which DLPack cannot say; only with one element is
+    // it row-major.
+    if (flat->count != 1) return true;
+    const auto negated =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, is_neg));
+    if (!negated) throw py::error_already_set();
+    return negated.ptr() == Py_False;
   };
   std::vector<std::int64_t> rule_of;
   for (const py::handle& rule : rules) rule_of.push_back(rule.cast<std::int64_t>());
-  py::list rows;
+  Rows rows;
+  rows.all.reserve(wanted.size());
   for (const py::handle& row : wanted) {
-    check_argument(PyTuple_Check(row.ptr()) && PyTuple_GET_SIZE(row.ptr()) == 4,
-                   "a parameter's row is a tuple of four");
+    const Py_ssize_t size = PyTuple_Check(row.ptr()) ? PyTuple_GET_SIZE(row.ptr()) : 0;
+    check_argument(size == 4 || size == 5, "a parameter's row is a tuple of four, or of five");
     PyObject* const param = PyTuple_GET_ITEM(row.ptr(), 0);
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+    const auto grad = size == 5 ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(row.ptr(), 4))
+                                : py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     Flat p, g;
@@ -122,16 +136,14 @@ py::object plain_rows(const py::capsule& exchange, const py::tuple& types, const
     if (g.dtype != p.dtype && g.dtype != static_cast<std::int64_t>(DType::kFloat32)) {
       return py::none();
     }
+    const std::int64_t way = ways[p.dtype];
+    if (way < 0) return py::none();
     check_argument(hyper >= 0 && hyper < static_cast<std::int64_t>(rule_of.size()), "hypers ",
                    hyper, " are not among the ", rule_of.size(), " of this step");
-    const std::int64_t kind = rule_of[hyper] | p.dtype << 8 | g.dtype << 12;
-    PyObject* const found =
-        PyTuple_Pack(5, PyTuple_GET_ITEM(row.ptr(), 1), py::int_(p.data).ptr(),
-                     py::int_(g.data).ptr(), py::int_(kind).ptr(), PyTuple_GET_ITEM(row.ptr(), 3));
-    if (found == nullptr) throw py::error_already_set();
-    rows.append(py::reinterpret_steal<py::tuple>(found));
+    const std::int64_t kind = rule_of[hyper] | p.dtype << 8 | g.dtype << 12 | way << 16;
+    rows.all.push_back({integer(row.ptr(), 1), p.data, g.data, kind, hyper});
   }
-  return rows;
+  return py::cast(std::move(rows));
 }
 
 }  // namespace hift

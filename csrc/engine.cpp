@@ -21,11 +21,14 @@ double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-// Parameters start on a cache line of their fp32 streams.
+// Parameters start on a cache line of their fp32 streams, or with a run of elements that share a
+// value.
 constexpr std::int64_t kItemElements = 16;
 
-std::int64_t aligned(std::int64_t count) {
-  return (count + kItemElements - 1) / kItemElements * kItemElements;
+std::int64_t item_elements(const std::vector<Stream>& streams) {
+  std::int64_t unit = kItemElements;
+  for (const Stream& s : streams) unit = std::max(unit, s.run);
+  return unit;
 }
 
 std::unique_ptr<Store> make_store(const std::string& name) {
@@ -43,15 +46,19 @@ bool continues(const Span& a, const Span& b) {
   };
   if (a.rule != b.rule || a.param_dtype != b.param_dtype || a.grad_dtype != b.grad_dtype)
     return false;
+  if (a.weights != b.weights || a.key != b.key) return false;
+  // Of the same parameter, or of one whose random numbers and blocks do not depend on that.
+  const bool counted = a.key != 0 || a.state_type == StateType::kCode8;
+  if (counted && (b.first != a.first + a.count || b.shard != a.shard)) return false;
   if (a.grad_factor != b.grad_factor || std::memcmp(a.hyper, b.hyper, sizeof a.hyper) != 0)
     return false;
   if (!follows(a.param, b.param, size_of(a.param_dtype)) ||
       !follows(a.grad, b.grad, size_of(a.grad_dtype)))
     return false;
   for (int s = 0; s < cpu::rule(a.rule).states; ++s) {
-    if (!follows(a.state[s], b.state[s], sizeof(float))) return false;
+    if (!follows(a.state[s], b.state[s], size_of(a.state_type))) return false;
   }
-  return true;
+  return a.master == nullptr || follows(a.master, b.master, master_size(a.weights));
 }
 
 }  // namespace
@@ -67,22 +74,37 @@ Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_p
   check_argument(options_.readers >= 1 && options_.writers >= 1,
                  "readers and writers must be at least 1: ", options_.readers, ", ",
                  options_.writers);
+  if (options_.states == EngineOptions::kEveryStream) {
+    options_.states = static_cast<int>(table_.streams().size());
+  }
+  const int scales = options_.state_type == StateType::kCode8 ? options_.states : 0;
+  check_argument(options_.states >= 0 && static_cast<int>(table_.streams().size()) ==
+                                             options_.states + (options_.master ? 1 : 0) + scales,
+                 table_.streams().size(), " streams are not those of ", options_.states,
+                 " states, ", options_.master ? "a" : "no", " master and ", scales, " scales");
+  for (int s = 0; s < options_.states; ++s) {
+    const std::int64_t bytes = table_.streams()[s].bytes(kPageElements);
+    check_argument(bytes == kPageElements * size_of(options_.state_type), "state of ",
+                   size_of(options_.state_type), " bytes an element is in a stream of ", bytes,
+                   " bytes for ", kPageElements);
+  }
   ram_ = dynamic_cast<RamStore*>(store_.get());
 }
 
 Engine::~Engine() = default;
 
 void Engine::add_groups(const std::vector<std::vector<std::int64_t>>& counts) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   PageTable table = table_;
   std::vector<std::vector<Item>> items = items_;
+  const std::int64_t unit = item_elements(table_.streams());
   for (const auto& group : counts) {
     std::int64_t end = 0;
     items.emplace_back();
     for (const std::int64_t count : group) {
       check_argument(count >= 0, "an item's count must not be negative: ", count);
       items.back().push_back({end, count});
-      end += aligned(count);
+      end += (count + unit - 1) / unit * unit;
     }
     table.add_group(end);
   }
@@ -127,16 +149,35 @@ void Engine::check(int group, const std::vector<Update>& updates) const {
     const RuleEntry& rule = cpu::rule(u.rule);
     check_argument(u.hypers == rule.hypers, "rule ", rule.name, " takes ", rule.hypers,
                    " hyper-parameters, not ", u.hypers);
-    check_argument(rule.states <= static_cast<int>(table_.streams().size()), "rule ", rule.name,
-                   " needs ", rule.states, " state streams; the pages have ",
-                   table_.streams().size());
+    check_argument(rule.states <= options_.states, "rule ", rule.name, " needs ", rule.states,
+                   " state streams; the pages have ", options_.states);
+    check_argument(
+        master_size(u.weights) == 0 || (options_.master && table_.streams()[options_.states].bytes(
+                                                               1) == master_size(u.weights)),
+        "masters of ", master_size(u.weights), " bytes an element have no stream in the pages");
     previous = u.item;
   }
 }
 
-std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
-                                   const std::vector<Update>& updates) const {
+struct Engine::Step {
+  int group;
+  const std::vector<Update>& updates;
+  const Scaling& scaling;
+  int threads;
+  void* stream;
+  bool stochastic_state;
+};
+
+/// Where compute finds element `begin` of the group in one of the page's streams.
+std::byte* Engine::reach(const Page& page, const PageView& view, int stream,
+                         std::int64_t begin) const {
+  std::byte* const value = view.stream[stream] + streams()[stream].bytes(begin - page.begin);
+  return mover_ != nullptr ? value : compute_->reach(*ram_, table_, page.group, value);
+}
+
+std::vector<Span> Engine::spans_of(const Page& page, const PageView& view, const Step& step) const {
   const std::vector<Item>& items = items_[page.group];
+  const std::vector<Update>& updates = step.updates;
   std::vector<Span> spans;
   auto u = std::partition_point(updates.begin(), updates.end(), [&](const Update& update) {
     return items[update.item].begin + items[update.item].count <= page.begin;
@@ -149,38 +190,38 @@ std::vector<Span> Engine::spans_of(const Page& page, const PageView& view,
     if (s.count <= 0) continue;
     s.param = static_cast<std::byte*>(u->param) + (begin - item.begin) * size_of(u->param_dtype);
     s.grad = static_cast<const std::byte*>(u->grad) + (begin - item.begin) * size_of(u->grad_dtype);
+    const int scales = options_.states + (options_.master ? 1 : 0);
     for (int i = 0; i < cpu::rule(u->rule).states; ++i) {
-      std::byte* const state =
-          view.stream[i] + (begin - page.begin) * table_.streams()[i].element_bytes;
-      s.state[i] = mover_ != nullptr ? reinterpret_cast<float*>(state)
-                                     : compute_->reach(*ram_, table_, page.group, state);
+      s.state[i] = reach(page, view, i, begin);
+      if (options_.state_type == StateType::kCode8) {
+        s.scale[i] = reinterpret_cast<float*>(reach(page, view, scales + i, begin));
+      }
     }
+    if (master_size(u->weights) > 0) s.master = reach(page, view, options_.states, begin);
     std::copy(u->hyper.begin(), u->hyper.begin() + u->hypers, s.hyper);
     s.grad_factor = u->grad_factor;
     s.rule = u->rule;
     s.param_dtype = u->param_dtype;
     s.grad_dtype = u->grad_dtype;
+    s.state_type = options_.state_type;
+    s.weights = u->weights;
+    s.stochastic_state = step.stochastic_state;
+    s.key = u->key;
+    s.first = begin - item.begin;
+    s.shard = u->shard;
     spans.push_back(s);
   }
   return spans;
 }
 
-struct Engine::Step {
-  int group;
-  const std::vector<Update>& updates;
-  const Scaling& scaling;
-  int threads;
-  void* stream;
-};
-
 StepReport Engine::step(int group, const std::vector<Update>& updates, const Scaling& scaling,
-                        int threads, int next, void* stream) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+                        int threads, int next, void* stream, bool stochastic_state) {
+  const auto lock = enter();
   const auto start = Clock::now();
   throw_deferred();
   check(group, updates);
   check_argument(next < table_.groups(), "next group ", next, " is not one of ", table_.groups());
-  const Step step{group, updates, scaling, threads, stream};
+  const Step step{group, updates, scaling, threads, stream, stochastic_state};
   if (mover_ == nullptr) {
     update_in_place(step);
   } else {
@@ -211,7 +252,7 @@ void Engine::update_in_place(const Step& step) {
       const Page& page = table_.page(acquired);
       const PageView view = pager_->acquire(page.index, step.stream);
       ++acquired;
-      for (const Span& s : spans_of(page, view, step.updates)) {
+      for (const Span& s : spans_of(page, view, step)) {
         if (!joined.empty() && continues(joined.back(), s)) {
           joined.back().count += s.count;
         } else {
@@ -234,7 +275,7 @@ void Engine::update_in_ring(const Step& step) {
   std::vector<PageView> views;
   std::int64_t released = first;
   const auto update = [&](std::int64_t p) {
-    const std::vector<Span> spans = spans_of(table_.page(p), views[p - first], step.updates);
+    const std::vector<Span> spans = spans_of(table_.page(p), views[p - first], step);
     compute_->step(spans.data(), spans.size(), step.scaling, step.threads, step.stream);
     pager_->release(p, step.stream, true);
     released = p + 1;
@@ -272,7 +313,7 @@ const Engine::Item& Engine::item(int group, std::int64_t index, std::int64_t beg
 
 void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin, std::int64_t count,
                   std::byte* to) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   // Over the bus, pages change in host memory.
   compute_->wait();
   pager_->read(group, stream, item(group, index, begin, count).begin + begin, count, to);
@@ -280,7 +321,7 @@ void Engine::read(int group, std::int64_t index, int stream, std::int64_t begin,
 
 void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin,
                    std::int64_t count, const std::byte* from) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   // Over the bus, pages change in host memory.
   compute_->wait();
   pager_->write(group, stream, item(group, index, begin, count).begin + begin, count, from);
@@ -288,7 +329,7 @@ void Engine::write(int group, std::int64_t index, int stream, std::int64_t begin
 
 std::byte* Engine::address(int group, std::int64_t index, int stream,
                            std::shared_ptr<Slab>* owner) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   const Item& it = item(group, index, 0, 0);
   check_argument(stream >= 0 && stream < static_cast<int>(streams().size()), "stream ", stream,
                  " is not one of ", streams().size());
@@ -305,26 +346,27 @@ std::byte* Engine::address(int group, std::int64_t index, int stream,
   compute_->wait();
   pager_->flush();
   *owner = ram_->slab(group);
-  return ram_->stream_address(table_, group, stream) + it.begin * streams()[stream].element_bytes;
+  return ram_->stream_address(table_, group, stream) + streams()[stream].bytes(it.begin);
 }
 
 std::vector<std::int64_t> Engine::parts(int group, std::int64_t index) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   const Item& it = item(group, index, 0, 0);
-  std::vector<std::int64_t> counts;
-  for (std::int64_t at = it.begin; at < it.begin + it.count;) {
-    const Page& page = table_.page(table_.page_of(group, at));
-    counts.push_back(std::min(page.begin + page.count, it.begin + it.count) - at);
-    at += counts.back();
-  }
-  return counts;
+  return table_.parts(group, it.begin, it.count);
 }
 
 void Engine::prefetch(int group) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
                  table_.groups());
   pager_->prefetch(group);
+}
+
+std::unique_lock<std::mutex> Engine::enter() {
+  // Before the lock: a fork may have come while another thread held it, and that thread is not
+  // here.
+  owner_.check("the optimizer's state");
+  return std::unique_lock<std::mutex>(mutex_);
 }
 
 void Engine::throw_deferred() {
@@ -332,14 +374,12 @@ void Engine::throw_deferred() {
 }
 
 void Engine::flush() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = enter();
   throw_deferred();
   // All state is to be in the store.
   compute_->wait();
   if (pager_ != nullptr) pager_->flush();
 }
-
-std::int64_t Engine::store_bytes() const { return store_->bytes(); }
 
 std::int64_t Engine::staging_bytes() const {
   return pager_ == nullptr ? 0 : pager_->resident_bytes();
@@ -349,14 +389,10 @@ std::int64_t Engine::touched_bytes() const {
   std::int64_t bytes = 0;
   for (int g = 0; g < table_.groups(); ++g) {
     for (std::int64_t p = table_.first_page(g); p < table_.end_page(g); ++p) {
-      if (table_.page(p).touched) bytes += table_.page(p).count * table_.element_bytes();
+      if (table_.page(p).touched) bytes += table_.bytes_of(table_.page(p).count);
     }
   }
   return bytes;
 }
-
-std::string Engine::description() const { return store_->description(); }
-
-std::string Engine::folder() const { return store_->folder(); }
 
 }  // namespace hift

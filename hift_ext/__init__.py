@@ -4,6 +4,7 @@
 `hift_ext.AdamW(model, lr=1e-5)` stands in for `torch.optim.AdamW(model.parameters(), lr=1e-5)`.
 """
 
+from hift_ext import integrations
 from hift_ext._version import __version__
 from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
@@ -24,6 +25,7 @@ __all__ = [
     "HiFTOptimizer",
     "HiFTOptions",
     "__version__",
+    "integrations",
     "load",
     "save",
 ]

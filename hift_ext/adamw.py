@@ -81,8 +81,9 @@ class Adam(HiFTOptimizer):
 
     def streams(self, group: dict[str, Any]) -> list[StreamSpec]:
         """First and second moment, and the latter's maximum for AMSGrad."""
-        names = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
-        return [StreamSpec(name) for name in names]
+        largest = ["max_exp_avg_sq"] if group["amsgrad"] else []
+        squares = [StreamSpec(name, signed=False) for name in ["exp_avg_sq", *largest]]
+        return [StreamSpec("exp_avg"), *squares]
 
     def hyper(self, group: dict[str, Any], lr: float, step: int) -> tuple[float, ...]:
         """AdamHyper."""

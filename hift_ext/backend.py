@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from hift_ext import ops
+from hift_ext.engines import PagedEngine, ResidentEngine, StateEngine
+from hift_ext.precision import PLAIN, Precision
 
 
 def cuda_missing() -> str:
@@ -29,8 +31,12 @@ def cuda_missing() -> str:
 
 
 def _make_triton_engine(
-    streams: Sequence[ops.StreamSpec], device: torch.device, store: str, missing: str
-) -> ops.StateEngine:
+    streams: Sequence[ops.StreamSpec],
+    kept: Precision,
+    device: torch.device,
+    store: str,
+    missing: str,
+) -> StateEngine:
     if store not in ("auto", "device"):
         raise RuntimeError(
             f"store={store!r} is not offered with Triton, which keeps all state on the device: "
@@ -48,7 +54,7 @@ def _make_triton_engine(
             f"{missing}. Until then Triton updates the weights, and all state stays on {device}",
             stacklevel=2,
         )
-    return TritonEngine(streams, device)
+    return TritonEngine(streams, device, kept)
 
 
 def make_engine(
@@ -59,7 +65,8 @@ def make_engine(
     backend: str,
     page_bytes: int | str,
     staging: int | str,
-) -> ops.StateEngine:
+    kept: Precision = PLAIN,
+) -> StateEngine:
     """The engine for parameters on `device`: which backend, where state rests, how it is cut.
 
     Raises:
@@ -76,11 +83,11 @@ def make_engine(
     if missing and backend == "cuda":
         raise RuntimeError(f"backend='cuda': {missing}")
     if backend == "triton" or missing:
-        return _make_triton_engine(streams, device, store, missing)
+        return _make_triton_engine(streams, kept, device, store, missing)
     if store == "device":
-        return ops.ResidentEngine(streams, device)
+        return ResidentEngine(streams, device, kept)
     ring = ops.WHOLE_GROUP if staging == "auto" else int(staging)
     page = ops.PAGE_BYTES[device.type] if page_bytes == "auto" else int(page_bytes)
     if page_bytes == "auto" and ring > 0:
         page = min(page, ring // 2)
-    return ops.PagedEngine(streams, "ram" if store == "auto" else store, page, ring, device)
+    return PagedEngine(streams, "ram" if store == "auto" else store, page, ring, device, kept)

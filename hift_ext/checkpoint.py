@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import os
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ext import interchange
+from hift_ext import interchange, precision, settings
+from hift_ext.booking import book
+from hift_ext.conversion import Source, check_state, loses_master, wanted_streams
+from hift_ext.engines import StateEngine
 from hift_ext.manifest import (
     Manifest,
     SavedParam,
-    SavedStream,
     check_class,
     check_files,
     check_fit,
     saved_param,
-    saved_stream,
     shard_name,
-    stored_count,
 )
-from hift_ext.ops import StateEngine, StreamSpec
+from hift_ext.notices import stacklevel
 from hift_ext.paged_state import Entry
+from hift_ext.precision import PLAIN, Precision
 from hift_ext.replace import Replacement, recover, sweep
-from hift_ext.shards import BUFFER_BYTES, Pieces, ShardReader, ShardWriter, bytes_of
+from hift_ext.schedule import checked_schedule
+from hift_ext.shards import BUFFER_BYTES, Pieces, ShardReader, ShardWriter
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -40,47 +41,56 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 << 30
 """A shard is closed when it has as many; a larger tensor has one for itself."""
 
-_STEP = BUFFER_BYTES // 4  # stored values at once; none is wider
+_STEP = BUFFER_BYTES // 4  # elements at once; no stream has more bytes for one
 _LOAD_STEP = 2 * _STEP  # a stream of a default page: a page in a file is written for every piece
+
+_Home = tuple[Entry, SavedParam, list[int]]
+"""A parameter that has values, and the engine's streams they are in."""
 
 
 def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     """Saves an optimizer's state, settings and place in the pass; not the model's weights.
 
-    State passes through two buffers of 1 MiB (and, from a file, one page): memory does not grow
-    with the model. The directory appears when all of it is on the disk, in the place of the last
-    checkpoint if there is one: until then, however the process ends, that one stays.
+    Values are saved as they are kept: 8-bit codes, 16-bit state and masters included. They pass
+    through two buffers of 1 MiB (and, from a file, one page): memory does not grow with the model.
+    The directory appears when all of it is on the disk, in the place of the last checkpoint if
+    there is one: until then, however the process ends, that one stays.
 
     Args:
-        optimizer: Any HiFT optimizer.
+        optimizer: Any HiFT optimizer whose parameters are not sharded.
         path: The checkpoint's directory; its parent must exist. Work in progress is
             `path.tmp-*` beside it; what dead processes left there is removed.
 
     Raises:
         FileExistsError: `path` is something else than a checkpoint, or holds other files.
+        FileNotFoundError: There is no directory for it.
         OSError: The disk is full or fails; the last checkpoint is as it was.
+        RuntimeError: The optimizer is closed, or its parameters are sharded.
         TypeError: A setting in param_groups that the manifest cannot hold.
     """
-    optimizer._check_open()
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the directory {target.parent} does not exist: make it first")
-    recover(target)
-    check_files(target)
-    sweep(target)
-    manifest, homes = _describe(optimizer)
-    with Replacement(target) as work:
-        _write_shards(optimizer, manifest, homes, work.folder)
-        manifest.write(work.folder)
+    with optimizer._turnstile.lock:
+        _check(optimizer)
+        book(optimizer)
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"the directory {target.parent} does not exist: make it first")
+        recover(target)
         check_files(target)
-        work.publish()
+        sweep(target)
+        manifest, homes = _describe(optimizer)
+        with Replacement(target) as work:
+            _write_shards(optimizer, manifest, homes, work.folder)
+            manifest.write(work.folder)
+            check_files(target)
+            work.publish()
 
 
 def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     """Takes over a checkpoint of the same class, whatever store, pages or groups it was saved from.
 
-    Everything is read and checked before anything changes. Where the number of groups differs, a
-    warning says so and a new pass begins, as with `load_state_dict`.
+    Everything is read and checked before anything changes. State kept in another type is converted;
+    masters are made of the model's weights where none can be had, so load those before. Where the
+    number of groups differs, a warning says so and a new pass begins, as with `load_state_dict`.
 
     Args:
         optimizer: An optimizer over the same parameters in the same order.
@@ -89,97 +99,98 @@ def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: A file is missing, damaged or not ours; the message names it.
         ValueError: Another class, or other param_groups, parameters, shapes or streams.
-        RuntimeError: The store or the disk failed after loading had begun; load again.
+        RuntimeError: The optimizer is closed or sharded; or the store or the disk failed after
+            loading had begun: load again.
     """
+    with optimizer._turnstile.alone():
+        _check(optimizer)
+        folder = Path(os.path.realpath(path))
+        recover(folder)
+        saved = Manifest.read(folder)
+        check_class(optimizer, saved, folder)
+        groups = interchange.merged_groups(optimizer, saved.param_groups)
+        members = [p for group in groups for p in group["params"]]
+        check_fit(optimizer, members, saved, folder)
+        schedule = checked_schedule(groups[0].get("hift"))
+        found = _found(optimizer, groups, members, saved)
+        with ExitStack() as stack:
+            shards = _open_shards(folder, saved, stack)
+            # Nothing has changed so far; from here on only the page file and the disk can fail.
+            try:
+                _replace(optimizer, groups, found, shards)
+            except Exception as error:
+                raise RuntimeError(
+                    f"loading {folder} stopped in the middle, and the optimizer's state is partly "
+                    f"replaced: load again before the next step. Cause: {error}"
+                ) from error
+        interchange.adopt_schedule(optimizer, schedule)
+
+
+def _check(optimizer: HiFTOptimizer) -> None:
     optimizer._check_open()
-    folder = Path(os.path.realpath(path))
-    recover(folder)
-    saved = Manifest.read(folder)
-    check_class(optimizer, saved, folder)
-    groups = interchange.merged_groups(optimizer, saved.param_groups)
-    members = [p for group in groups for p in group["params"]]
-    check_fit(optimizer, members, saved, folder)
-    group_of = {p: group for group in groups for p in group["params"]}
-    entries = optimizer.state.entries
-    found: dict[torch.Tensor, SavedParam] = {}
-    for param in saved.params:
-        p = members[param.index]
-        if p in entries:
-            found[p] = param
-            _check_streams(optimizer, p, param, optimizer.streams(group_of[p]))
-    if len(found) < len(saved.params):
-        warnings.warn(
-            f"the saved state of {len(saved.params) - len(found)} parameters is left out: they are "
-            "not trained here",
-            stacklevel=2,
+    settings.check_unchanged(optimizer, whole=True)
+    if optimizer._sharded:
+        raise RuntimeError(
+            "the parameters are sharded over ranks, and hift_ext.save and load deal in whole ones: "
+            "use torch.distributed.checkpoint, with get_state_dict and set_state_dict"
         )
-    with ExitStack() as stack:
-        shards = _open_shards(folder, saved, stack)
-        # Nothing has changed so far; from here on only the page file and the disk can fail.
-        try:
-            _replace(optimizer, groups, found, shards)
-        except Exception as error:
-            raise RuntimeError(
-                f"loading {folder} stopped in the middle, and the optimizer's state is partly "
-                f"replaced: load again before the next step. Cause: {error}"
-            ) from error
-    interchange.adopt_schedule(optimizer)
 
 
 # Saving -----------------------------------------------------------------------------------------
 
 
-def _describe(optimizer: HiFTOptimizer) -> tuple[Manifest, list[tuple[Entry, SavedParam]]]:
+def _describe(optimizer: HiFTOptimizer) -> tuple[Manifest, list[_Home]]:
     """The manifest without checksums, and the parameters that have values, in order of pages."""
-    optimizer.state.settle()
+    state = optimizer.state
+    state.settle()
     members = [p for group in optimizer.param_groups for p in group["params"]]
     index_of = {p: index for index, p in enumerate(members)}
-    laid_out = optimizer.state.engine is not None
     names, groups, number = optimizer._names(), [], 0
     for group in optimizer.param_groups:
         indices = list(range(number, number + len(group["params"])))
         groups.append({**group, "params": indices})
         number += len(indices)
-    stored, params = [], {}
+    homes, params = [], {}
     for entry in (entry for group in optimizer._entries for entry in group):
         p = entry.param
-        saved = saved_param(entry, index_of[p], names.get(p), laid_out)
+        laid_out = state.engine is not None
+        stored = PLAIN.stored(entry.streams) if state.engine is None else state.engine.stored
+        own = wanted_streams(stored, entry.streams)
+        saved = saved_param(entry, index_of[p], names.get(p), (s for _, s in own), laid_out)
         params[saved.index] = saved
-        if laid_out and p in optimizer.state:
-            stored.append((entry, saved))
+        if laid_out and (entry.visits or p in state):
+            homes.append((entry, saved, [number for number, _ in own]))
     in_order = [params[index] for index in sorted(params)]
-    return Manifest(type(optimizer).__name__, groups, in_order), stored
+    return Manifest(type(optimizer).__name__, groups, in_order), homes
 
 
 def _write_shards(
-    optimizer: HiFTOptimizer,
-    manifest: Manifest,
-    stored: list[tuple[Entry, SavedParam]],
-    folder: Path,
+    optimizer: HiFTOptimizer, manifest: Manifest, homes: list[_Home], folder: Path
 ) -> None:
-    batches: list[list[tuple[Entry, SavedParam]]] = []
+    batches: list[list[_Home]] = []
     room = 0
-    for entry, param in stored:
+    for home in homes:
+        param = home[1]
         size = sum(param.spec(stream).bytes for stream in param.streams)
         if not batches or size > room:
             batches.append([])
             room = SHARD_BYTES
         room -= size
-        batches[-1].append((entry, param))
+        batches[-1].append(home)
     engine = optimizer.state.engine
     for number, batch in enumerate(batches, 1):
         assert engine is not None
         name = shard_name(number)
-        specs = [param.spec(stream) for _, param in batch for stream in param.streams]
+        specs = [param.spec(stream) for _, param, _ in batch for stream in param.streams]
         with ShardWriter(folder / name, specs) as shard, Pieces() as pieces:
-            for entry, param in batch:
-                for at, begin, count in _walk(engine, entry, param.streams, _STEP):
-                    stream = param.streams[at]
-                    value = pieces.buffer(stream.dtype, count)
-                    engine.read(entry.group, entry.item, at, begin, value)
-                    offset = begin * stream.dtype.itemsize
-                    pieces.write(shard, param.key(stream), offset, value)
-        for _, param in batch:
+            for entry, param, numbers in batch:
+                for begin, count in _walk(engine.parts(entry.group, entry.item), _STEP):
+                    for at, stream in zip(numbers, param.streams, strict=True):
+                        values = stream.nbytes(count) // stream.dtype.itemsize
+                        value = pieces.buffer(stream.dtype, values)
+                        engine.read(entry.group, entry.item, at, begin, count, value)
+                        pieces.write(shard, param.key(stream), stream.nbytes(begin), value)
+        for _, param, _ in batch:
             for stream in param.streams:
                 stream.shard, stream.crc32 = name, shard.crc32[param.key(stream)]
         manifest.shards[name] = {
@@ -189,52 +200,54 @@ def _write_shards(
         }
 
 
-def _walk(
-    engine: StateEngine, entry: Entry, streams: list[SavedStream], step: int
-) -> Iterator[tuple[int, int, int]]:
-    """Pieces (stream, first stored value, at most `step` of them), page by page."""
+def _walk(parts: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """Pieces of parts: the first element, and how many, at most `step`."""
     begin = 0
-    for elements in engine.parts(entry.group, entry.item, entry.numel):
-        for at, stream in enumerate(streams):
-            first = stored_count(begin, stream.run)
-            end = stored_count(begin + elements, stream.run)
-            for piece in range(first, end, step):
-                yield at, piece, min(step, end - piece)
+    for elements in parts:
+        for piece in range(begin, begin + elements, step):
+            yield piece, min(step, begin + elements - piece)
         begin += elements
 
 
 # Loading ----------------------------------------------------------------------------------------
 
 
-def convert(value: torch.Tensor, saved: SavedStream, wanted: SavedStream) -> torch.Tensor:
-    """Stored values of one stream as another stream type stores them.
+def _found(
+    optimizer: HiFTOptimizer,
+    groups: list[dict[str, Any]],
+    members: Sequence[torch.Tensor],
+    saved: Manifest,
+) -> dict[torch.Tensor, SavedParam]:
+    """What was saved of each parameter that is trained here, once it is known to fit."""
+    kept = _precision(optimizer)
+    for group in groups:
+        precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
+    group_of = {p: group for group in groups for p in group["params"]}
+    found = {members[param.index]: param for param in saved.params}
+    found = {p: param for p, param in found.items() if p in optimizer.state.entries}
+    for p, param in found.items():
+        check_state(param, optimizer.streams(group_of[p]), optimizer._say(p))
+    absent = len(saved.params) - len(found)
+    if absent:
+        warnings.warn(
+            f"the saved state of {absent} parameters is left out: they are not trained here",
+            stacklevel=stacklevel(),
+        )
+    lost = sum(loses_master(param, p.dtype, kept.master) for p, param in found.items())
+    if lost:
+        warnings.warn(
+            f"the saved masters of {lost} parameters are left out: this optimizer keeps none that "
+            "they could be made into, and goes on from the weights as they are",
+            stacklevel=stacklevel(),
+        )
+    return found
 
-    Raises:
-        ValueError: There is no such conversion.
-    """
-    if (saved.dtype, saved.run) == (wanted.dtype, wanted.run):
-        return value
-    floats = (torch.float32, torch.bfloat16)
-    if saved.run == wanted.run == 1 and saved.dtype in floats and wanted.dtype in floats:
-        return value.to(wanted.dtype)
-    raise ValueError(
-        f"{saved.name} was saved as {saved.dtype} for every {saved.run} elements and is kept as "
-        f"{wanted.dtype} for every {wanted.run} here: this conversion is not offered"
-    )
 
-
-def _check_streams(
-    optimizer: HiFTOptimizer, p: torch.Tensor, param: SavedParam, wanted: list[StreamSpec]
-) -> None:
-    by_name = {stream.name: stream for stream in param.streams}
-    for spec in wanted:
-        if spec.name not in by_name:
-            raise ValueError(
-                f"the saved state of {optimizer._say(p)} lacks {spec.name}; it has "
-                f"{', '.join(by_name) or 'nothing'}"
-            )
-        stream = by_name[spec.name]
-        convert(torch.empty(0, dtype=stream.dtype), stream, saved_stream(spec))
+def _precision(optimizer: HiFTOptimizer) -> Precision:
+    state = optimizer.state
+    if state.engine is not None:
+        return state.precision
+    return precision.chosen(optimizer._options, {p.dtype for p in state.entries})
 
 
 def _open_shards(folder: Path, saved: Manifest, stack: ExitStack) -> dict[str, ShardReader]:
@@ -256,61 +269,36 @@ def _open_shards(folder: Path, saved: Manifest, stack: ExitStack) -> dict[str, S
 def _replace(
     optimizer: HiFTOptimizer,
     groups: list[dict[str, Any]],
-    found: dict[torch.Tensor, SavedParam],
-    shards: dict[str, ShardReader],
+    found: Mapping[torch.Tensor, SavedParam],
+    shards: Mapping[str, ShardReader],
 ) -> None:
     state = optimizer.state
     interchange.adopt_settings(optimizer, groups)
-    buffer = torch.empty(4 * _LOAD_STEP, dtype=torch.uint8)
     for entry in (entry for group in optimizer._entries for entry in group):
         param = found.get(entry.param)
-        by_name = {} if param is None else {stream.name: stream for stream in param.streams}
-        wanted = [saved_stream(spec) for spec in entry.streams]
-        sources = [by_name.get(stream.name, stream) for stream in wanted]
-        fresh = all(
-            source.shard is None and source.fill == stream.fill
-            for source, stream in zip(sources, wanted, strict=True)
-        )
-        known = state.engine is not None and entry.param in state
-        if known or not fresh:
-            _load_entry(optimizer._engine(), entry, param, sources, wanted, shards, buffer)
+        known = state.engine is not None and (entry.visits > 0 or entry.param in state)
+        if known or (param is not None and _has_values(param)):
+            _load_entry(optimizer._engine(), entry, param, shards)
         entry.visits = 0 if param is None else param.visits
     if any(entry.visits for group in optimizer._entries for entry in group):
         optimizer._engine()
+
+
+def _has_values(param: SavedParam) -> bool:
+    return any(stream.shard is not None for stream in param.streams)
 
 
 def _load_entry(
     engine: StateEngine,
     entry: Entry,
     param: SavedParam | None,
-    sources: list[SavedStream],
-    wanted: list[SavedStream],
-    shards: dict[str, ShardReader],
-    buffer: torch.Tensor,
+    shards: Mapping[str, ShardReader],
 ) -> None:
     """Fills a parameter's state, a piece at a time."""
-    if param is not None and param.strides != entry.strides:
-        buffer = torch.empty(4 * entry.numel, dtype=torch.uint8)
-        pieces: Iterable[tuple[int, int, int]] = (
-            (at, 0, stored_count(entry.numel, stream.run)) for at, stream in enumerate(wanted)
-        )
-    else:
-        pieces = _walk(engine, entry, wanted, _LOAD_STEP)
-    sums = [0] * len(wanted)
-    for at, begin, count in pieces:
-        source = sources[at]
-        value = buffer[: count * source.dtype.itemsize].view(source.dtype)
-        if source.shard is None or param is None:
-            value.fill_(source.fill)
-        else:
-            data = bytes_of(value)
-            offset = begin * source.dtype.itemsize
-            shards[source.shard].read(param.key(source), offset, data)
-            sums[at] = zlib.crc32(data, sums[at])
-            if param.strides != entry.strides:
-                ordered = entry.laid_out(value.as_strided(param.shape, param.strides), value.dtype)
-                value = ordered.as_strided((entry.numel,), (1,))
-        engine.load(entry.group, entry.item, at, begin, convert(value, source, wanted[at]))
-    for at, source in enumerate(sources):
-        if source.shard is not None and param is not None:
-            shards[source.shard].check(param.key(source), sums[at], source.crc32)
+    source = Source(entry, param, wanted_streams(engine.stored, entry.streams), shards)
+    step = max(entry.numel, 1) if source.whole else _LOAD_STEP
+    parts = [entry.numel] if source.blocks else engine.parts(entry.group, entry.item)
+    for begin, count in _walk(parts, step):
+        for number, value in source.piece(begin, count):
+            engine.load(entry.group, entry.item, number, begin, count, value)
+    source.check()

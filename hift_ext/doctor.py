@@ -21,6 +21,7 @@ from rich.table import Table
 from hift_ext import ops
 from hift_ext._version import __version__
 from hift_ext.backend import cuda_missing
+from hift_ext.engines import PagedEngine
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _EXTRAS = {
@@ -131,7 +132,7 @@ def _scratch() -> dict[str, Any]:
     """Makes a page file as `store="disk"` does, and says where it was and how it is read."""
     try:
         streams, cpu = [ops.StreamSpec("x")], torch.device("cpu")
-        engine = ops.PagedEngine(streams, "disk", 1 << 20, ops.WHOLE_GROUP, cpu)
+        engine = PagedEngine(streams, "disk", 1 << 20, ops.WHOLE_GROUP, cpu)
         engine.add_groups([[1024]])
         description = engine.description
     except OSError as error:

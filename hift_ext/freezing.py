@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hift_ext.distributed import Watch
+
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
@@ -45,14 +47,20 @@ class Freezer:
     def freeze(self, group: int, params: Iterable[torch.Tensor]) -> None:
         """Stops gradients of those of a group's parameters that have them."""
         trained = [param for param in params if param.requires_grad]
+        if not trained:
+            return
+        frozen = self._frozen.setdefault(group, [])
+        known = {id(param) for param in frozen}  # where another hand undid our freeze
         for param in trained:
+            if id(param) not in known:
+                frozen.append(param)  # first: an interrupted freeze is undone
             param.requires_grad = False
-        self._frozen.setdefault(group, []).extend(trained)
 
     def thaw(self, group: int) -> None:
         """Lets those of a group's parameters that were frozen here have gradients again."""
-        for param in self._frozen.pop(group, ()):
+        for param in self._frozen.get(group, ()):
             param.requires_grad = True
+        self._frozen.pop(group, None)  # last: an interrupted thaw is repeated
 
     def lift(self) -> None:
         """Lets all have gradients until the optimizer freezes again, before the next forward."""
@@ -97,12 +105,26 @@ class FreezeHook:
     def __init__(self, optimizer: HiFTOptimizer | None, frozen_names: tuple[str, ...] = ()) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.frozen_names = frozen_names
+        self._seen: tuple[int, int] | None = None  # the turn whose members were looked at
+        self._watch = Watch()
+        # A compiled model's hooks are traced. This one must run: a trace would guard on the turn.
+        self._run = torch.compiler.disable(self._freeze)
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Runs before the module's forward."""
+        self._run(module)
+
+    def _freeze(self, module: nn.Module) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer.freeze_inactive():
-            check_ddp(sum(len(group.params) for group in optimizer.groups))
+        if optimizer is None or optimizer._closed:
+            return
+        self._watch(optimizer, module)
+        turn = (optimizer.pass_index, optimizer.active)
+        if turn != self._seen:
+            # functional_call() replaces parameters while it lasts: step() looks again.
+            optimizer._suspect = replaced_member(module, optimizer)
+            self._seen = turn
+        optimizer.freeze_inactive(everywhere=True)
 
     def is_dead(self) -> bool:
         """Whether this hook has no optimizer (any more)."""
@@ -114,23 +136,44 @@ class FreezeHook:
         return FreezeHook, (None, names)
 
 
-def check_ddp(trained: int) -> None:
-    """Refuses a DistributedDataParallel that was made when parameters were frozen already.
+def replaced_member(module: nn.Module, optimizer: HiFTOptimizer) -> str | None:
+    """Name of a parameter of the active group that stands for another, unknown one now.
 
-    Its reducer knows only what required a gradient then, and would not average the rest.
+    To be called before the group is thawed: a copy of a frozen parameter does not require gradients
+    either, and one that the user put in frozen is meant to be.
+    """
+    group = optimizer.groups[optimizer.active]
+    for name, known in zip(group.names, group.params, strict=True):
+        found = _found(module, name)
+        # FSDP2's parameters, of another type, change places all the time.
+        if found is None or found is known or type(known) is not nn.Parameter:
+            continue
+        meant = found in optimizer.state.entries or any(p is known for p in module.parameters())
+        if not meant and (found.requires_grad or id(known) in optimizer._freezer.frozen()):
+            return name
+    return None
+
+
+def _found(module: nn.Module, name: str) -> torch.Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:  # nameless, renamed (by a parametrization), or taken out
+        return None
+
+
+def check_member(module: nn.Module, optimizer: HiFTOptimizer, name: str) -> None:
+    """Refuses a module in which a parameter of the active group is still replaced.
 
     Raises:
-        RuntimeError: Fewer parameters are registered than are trained in turn.
+        RuntimeError: Its name stands for another one, which nobody would train.
     """
-    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is None:
-        return
-    registered = int(ddp._get_ddp_logging_data().get("num_parameter_tensors", trained))
-    if registered < trained:
+    group = optimizer.groups[optimizer.active]
+    known = dict(zip(group.names, group.params, strict=True)).get(name)
+    if known is not None and _found(module, name) is not known:
         raise RuntimeError(
-            f"DistributedDataParallel registered {registered} parameters and HiFT trains {trained} "
-            "in turn: wrap the model before its first forward under the optimizer, while all "
-            "require gradients"
+            f"parameter {name!r} of the model was replaced after the optimizer was made (by an "
+            "assignment, to_empty(), or .to() a device of another kind): the new one would not be "
+            "trained. Make a new optimizer, or copy the new values into the old parameter"
         )
 
 

@@ -8,36 +8,50 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ext.booking import Turnstile
 from hift_ext.freezing import FreezeHook, Freezer
 from hift_ext.layout import order_entries
 from hift_ext.notices import stacklevel
 from hift_ext.paged_state import PagedState
+from hift_ext.schedule import checked_schedule
+from hift_ext.settings import members
+from hift_ext.sharding import local
+from hift_ext.tree import say
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
 
+MASTERS = ("master", "master_low")
+"""What a state_dict holds beside torch's keys: see `HiFTOptions.master`."""
+
+
 def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     """Implements `HiFTOptimizer.load_state_dict`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"a state_dict is a dict, not a {type(state_dict).__name__}")
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = pre_hook(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
 
+    _check_shape(state_dict)
     groups = merged_groups(optimizer, state_dict["param_groups"])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [p for group in groups for p in group["params"]]
     param_of = dict(zip(saved_ids, members, strict=True))
     group_of = {p: group for group in groups for p in group["params"]}
     values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
-    for index in groups[0].get("hift", {}).get("unvisited", "").split():
-        visits.pop(members[int(index)], None)
+    schedule = checked_schedule(groups[0].get("hift"))
+    for p in _unvisited(schedule, members):
+        visits.pop(p, None)
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
@@ -47,17 +61,40 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
     for p, entry in state.entries.items():
         if p in values:
             state.write(entry, values[p])
-        elif entry.visits:
-            state.write(entry, {s.name: torch.full(p.shape, s.fill) for s in entry.streams})
+        elif entry.visits and entry.streams:
+            state.write(
+                entry,
+                {
+                    s.name: torch.full(
+                        (entry.numel,), s.fill, dtype=torch.float32, device="cpu"
+                    ).view(entry.shape)
+                    for s in entry.streams
+                },
+            )
         entry.visits = visits.get(p, 0)
 
-    adopt_schedule(optimizer)
+    adopt_schedule(optimizer, schedule)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
 
+def _unvisited(
+    schedule: Mapping[str, Any] | None, members: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Parameters whose state was made and had no visit, where nothing else tells."""
+    indices = [] if schedule is None else schedule["unvisited"]
+    wrong = [index for index in indices if not 0 <= index < len(members)]
+    if wrong:
+        raise ValueError(
+            f"the loaded param_groups[0]['hift'] names parameter {wrong[0]} of {len(members)}"
+        )
+    return [members[index] for index in indices]
+
+
 def with_schedule(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state_dict with a schedule of its own, which loading into it may overwrite."""
+    if optimizer._model is None:
+        optimizer.freeze_inactive()  # torch's tools had it lifted: see PagedState.__bool__
     group = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}
     if "hift" in group:
         group["hift"] = optimizer._schedule.exported(len(optimizer.param_groups))
@@ -78,15 +115,16 @@ def asks_for_state(optimizer: HiFTOptimizer) -> bool:
     active group only, and some that are not zero.
     """
     for group in optimizer.param_groups:
-        rate = group["lr"]
-        if (isinstance(rate, torch.Tensor) and rate.device.type != "cpu") or rate != 0:
+        rate = group.get("lr")
+        if isinstance(rate, torch.Tensor) and (rate.device.type != "cpu" or rate.numel() != 1):
             return False
-    if len(optimizer.state):
+        if rate != 0:
+            return False
+    if type(optimizer.state) is not PagedState or len(optimizer.state):
         return False
-    for entry in optimizer.state.entries.values():
-        grad: Any = entry.param.grad
-        local = grad.to_local() if hasattr(grad, "to_local") else grad
-        if local is None or local.layout is not torch.strided or local.count_nonzero():
+    for p in optimizer.state.entries:
+        grad = None if p.grad is None else local(p.grad)
+        if grad is None or grad.layout is not torch.strided or grad.count_nonzero():
             return False
     optimizer._engine()
     optimizer.state.complete = True
@@ -110,9 +148,8 @@ def adopt_settings(optimizer: HiFTOptimizer, groups: list[dict[str, Any]]) -> No
             entry.visits = 0
 
 
-def adopt_schedule(optimizer: HiFTOptimizer) -> None:
-    """Goes on where the saved schedule in `param_groups[0]["hift"]` stands, if there is one."""
-    saved = optimizer.param_groups[0].get("hift")
+def adopt_schedule(optimizer: HiFTOptimizer, saved: Mapping[str, Any] | None) -> None:
+    """Goes on where a schedule stands that `checked_schedule` gave, if there is one."""
     if saved is not None:
         problem = optimizer._schedule.load(saved, len(optimizer._groups))
         if problem is not None:
@@ -124,6 +161,58 @@ def adopt_schedule(optimizer: HiFTOptimizer) -> None:
         engine.prefetch(optimizer.active)
     if optimizer._model is None:
         optimizer.freeze_inactive()
+
+
+def _check_shape(state_dict: Mapping[str, Any]) -> None:
+    """Refuses what is no optimizer's state_dict."""
+    for name, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(name), kind):
+            raise TypeError(
+                f"an optimizer's state_dict has 'state' (a dict) and 'param_groups' (a list); here "
+                f"{name!r} is {say(state_dict.get(name))}, among {', '.join(map(str, state_dict))}"
+            )
+    for number, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"param_groups[{number}] of the loaded state_dict has no 'params'")
+    for key, entry in state_dict["state"].items():
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"state[{key!r}] of the loaded state_dict is {say(entry)}, not a dict")
+
+
+def _check_tensor(
+    optimizer: HiFTOptimizer, name: str, value: Any, p: torch.Tensor, numel: int
+) -> None:
+    """Refuses what cannot be copied into a parameter's pages."""
+    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and p.numel() == numel
+    if fits and value.layout is torch.strided and not (value.is_complex() or value.is_meta):
+        return
+    where = f"the loaded {name} of {optimizer._say(p)}"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where} is {say(value)}, not a tensor")
+    if tuple(value.shape) != tuple(p.shape):
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+    if p.numel() != numel:
+        raise ValueError(
+            f"{where} fits the parameter's {p.numel()} elements, and pages were laid out for "
+            f"{numel}: make a new optimizer"
+        )
+    raise TypeError(
+        f"{where} is a {value.layout} tensor of {value.dtype} on {value.device}: state is dense, "
+        "real and not on 'meta'"
+    )
+
+
+def _count(optimizer: HiFTOptimizer, p: torch.Tensor, value: Any) -> int:
+    """A `step` as a number of visits."""
+    try:
+        count = float(value)
+        if count >= 0 and count.is_integer():
+            return int(count)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(
+        f"the loaded step of {optimizer._say(p)} is {value!r}: a step is a whole number, 0 or more"
+    )
 
 
 def merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,7 +254,8 @@ def _checked_state(
             left_out += 1
             continue
         wanted = [stream.name for stream in optimizer.streams(group_of[p])]
-        found = {name: entry[name] for name in wanted if entry.get(name) is not None}
+        masters = [name for name in MASTERS if name in entry]
+        found = {n: entry[n] for n in (*wanted, *masters) if entry.get(n) is not None}
         absent = [name for name in wanted if name not in found]
         if wanted and len(absent) == len(wanted) and not optimizer.has_step:
             continue  # torch.optim.SGD saves None before a parameter's first step
@@ -174,14 +264,13 @@ def _checked_state(
                 f"the loaded state of {optimizer._say(p)} lacks {', '.join(absent)}; it has "
                 f"{', '.join(map(str, entry)) or 'nothing'}: was it saved by another optimizer?"
             )
+        known = optimizer.state.entries[p].numel if optimizer.state.engine else p.numel()
         for name, value in found.items():
-            if tuple(value.shape) != tuple(p.shape):
-                raise ValueError(
-                    f"the loaded {name} of {optimizer._say(p)} has shape {tuple(value.shape)}, the "
-                    f"parameter {tuple(p.shape)}"
-                )
+            _check_tensor(optimizer, name, value, p, known)
+        count = 1
+        if optimizer.has_step:
+            count = _count(optimizer, p, entry.get("step"))
         values[p] = found
-        count = int(entry["step"]) if optimizer.has_step else 1
         if count > 0:
             visits[p] = count
     if left_out:
@@ -195,12 +284,14 @@ def _checked_state(
 def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     """What a copy or pickle of the optimizer holds: the state itself, and no engine."""
     optimizer._check_open()
-    hidden = {"state", "_freezer", "_hook"}
+    # A scheduler puts a `step` of its own on the optimizer; in a copy it would step the original.
+    hidden = {"state", "step", "_freezer", "_hook", "_turnstile", "_under_way", "_members"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
-    kept["saved_values"] = [
-        (p, {k: v.clone() for k, v in entry.items() if k != "step"})
-        for p, entry in optimizer.state.items()
-    ]
+    with optimizer.state.masters():
+        kept["saved_values"] = [
+            (p, {k: v.clone() for k, v in entry.items() if k != "step"})
+            for p, entry in optimizer.state.items()
+        ]
     frozen = optimizer._freezer.frozen()
     members = (p for group in optimizer._groups for p in group.params)
     kept["saved_frozen"] = [p for p in members if id(p) in frozen]
@@ -213,6 +304,8 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     values, frozen = kept.pop("saved_values"), kept.pop("saved_frozen")
     torch.optim.Optimizer.__setstate__(optimizer, kept)
     optimizer._hook = None
+    optimizer._turnstile, optimizer._under_way = Turnstile(), None
+    optimizer._members = members(optimizer)
     optimizer._frozen_for = -1
     for p in frozen:
         p.requires_grad_(True)

@@ -31,7 +31,8 @@ _TINY = 0.01
 _WHAT_TO_PASS = (
     "HiFT trains layer by layer, and bare parameters do not say which layer they belong to. Pass "
     "hift_ext.AdamW(model, ...), or the parameters with model=model, or model.named_parameters(), "
-    'or groups=[...], or layers_per_group="all" for one group'
+    'or groups=[...], or layers_per_group="all" for one group; in the Hugging Face Trainer, '
+    "optimizer_cls_and_kwargs=hift_ext.integrations.for_trainer(args)"
 )
 
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hift_ext import ops
+from hift_ext import precision
 from hift_ext.backend import make_engine
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import OTHER_OPEN, other_keeper
 from hift_ext.layers import Group
 from hift_ext.paged_state import Entry
+from hift_ext.sharding import is_sharded, local
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -24,17 +26,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("hift_ext")
 
 
-def enter(optimizer: HiFTOptimizer, params: Sequence[torch.Tensor]) -> None:
-    """Opens the books for one more group of parameters."""
+def enter(optimizer: HiFTOptimizer, added: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Opens the books for more groups of parameters."""
     groups = optimizer.param_groups
     number_of = {p: number for number, group in enumerate(groups) for p in group["params"]}
-    index = len(optimizer._entries)
-    optimizer._entries.append(
-        [
-            Entry(p, index, item, number_of[p], optimizer.streams(groups[number_of[p]]))
-            for item, p in enumerate(params)
-        ]
-    )
+    for params in added:
+        index = len(optimizer._entries)
+        optimizer._entries.append(
+            [
+                Entry(p, index, item, number_of[p], optimizer.streams(groups[number_of[p]]))
+                for item, p in enumerate(params)
+            ]
+        )
     order_entries(optimizer)
 
 
@@ -43,16 +46,20 @@ def order_entries(optimizer: HiFTOptimizer) -> None:
     entry_of = {entry.param: entry for group in optimizer._entries for entry in group}
     members = (p for group in optimizer.param_groups for p in group["params"])
     optimizer.state.entries = {p: entry_of[p] for p in members if p in entry_of}
+    optimizer._sharded = any(map(is_sharded, entry_of))
+    for index, entry in enumerate(optimizer.state.entries.values()):
+        entry.index = index
 
 
-def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
+def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
     """Makes the engine with room for every group.
 
     Raises:
         RuntimeError: The parameters are on several devices, or on one that is not offered.
         OSError: The page file cannot be made.
     """
-    params = [p for group in optimizer._groups for p in group.params]
+    parts = [[local(p) for p in group.params] for group in optimizer._groups]
+    params = [p for group in parts for p in group]
     devices = {p.device for p in params}
     if len(devices) > 1:
         raise RuntimeError(
@@ -62,6 +69,9 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
     device = params[0].device
     streams = max((optimizer.streams(group) for group in optimizer.param_groups), key=len)
     options = optimizer._options
+    kept = precision.chosen(options, {p.dtype for p in params})
+    for group in optimizer.param_groups:
+        precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
     engine = make_engine(
         streams,
         device,
@@ -69,21 +79,27 @@ def lay_out(optimizer: HiFTOptimizer) -> ops.StateEngine:
         backend=options["backend"],
         page_bytes=options["page_bytes"],
         staging=options["staging"],
+        kept=kept,
     )
-    engine.add_groups([[p.numel() for p in group.params] for group in optimizer._groups])
+    engine.add_groups([[p.numel() for p in group] for group in parts])
     for entry in optimizer.state.entries.values():
         entry.lay_out()
+    optimizer.state.turns.clear()
+    optimizer.state.fitting.clear()
     optimizer.state.engine = engine
+    optimizer._precision = optimizer.state.precision = kept
     optimizer._device, optimizer._device_index = device, params[0].get_device()
     optimizer._stream_count = len(streams)
     log.info(
-        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB",
+        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB, %s, master %s",
         type(optimizer).__name__,
         len(optimizer._groups),
         device,
         engine.description,
         engine.store_bytes / 1e6,
         engine.staging_bytes / 1e6,
+        kept.state_dtype,
+        kept.master,
     )
     return engine
 
@@ -108,12 +124,12 @@ def join(optimizer: HiFTOptimizer, param_group: dict[str, Any]) -> None:
                 f"the new param_group needs the state {', '.join(s.name for s in streams)}, and "
                 f"pages were laid out for {optimizer._stream_count} streams"
             )
-        engine.add_groups([[p.numel() for p in trainable]])
+        engine.add_groups([[local(p).numel() for p in trainable]])
     known = optimizer._names()
     names = tuple(known.get(p, "") for p in trainable)
     number = len(optimizer.param_groups) - 1
     optimizer._groups.append(Group(f"added {number}: {names[0]}", tuple(trainable), names))
-    enter(optimizer, trainable)
+    enter(optimizer, [trainable])
     if engine is not None:
         for entry in optimizer._entries[index]:
             entry.lay_out()

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from hift_ext.paged_state import Entry, strides_of
 from hift_ext.shards import DTYPE_NAMES, CheckpointError, TensorSpec
 
 if TYPE_CHECKING:
-    from hift_ext.ops import StreamSpec
+    from hift_ext.ops import Stored
     from hift_ext.optimizer import HiFTOptimizer
 
 NAME = "manifest.json"
@@ -37,7 +38,9 @@ class SavedStream:
     Attributes:
         name: As in `state[p]`.
         dtype: Of the stored values.
-        run: Elements a stored value.
+        run: Elements that share `width` values: 1; 256 for 8-bit codes (csrc/core/precision.h) and
+            for their scales.
+        width: Values of a run.
         fill: The value where nothing was stored.
         shard: The file its values are in; None: all are `fill`.
         crc32: Checksum of the values.
@@ -46,9 +49,14 @@ class SavedStream:
     name: str
     dtype: torch.dtype
     run: int
+    width: int
     fill: float
     shard: str | None = None
     crc32: int = 0
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes of the stored values of so many elements."""
+        return -(-elements // self.run) * self.width * self.dtype.itemsize
 
 
 @dataclass
@@ -57,6 +65,7 @@ class SavedParam:
 
     index: int
     name: str | None
+    dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     visits: int
@@ -70,7 +79,7 @@ class SavedParam:
         """A stream's tensor: shaped as the parameter where that is its order in memory."""
         shape = self.shape
         if stream.run != 1 or not _row_major(self.shape, self.strides):
-            shape = (stored_count(math.prod(self.shape), stream.run),)
+            shape = (stream.nbytes(math.prod(self.shape)) // stream.dtype.itemsize,)
         return TensorSpec(self.key(stream), stream.dtype, shape)
 
 
@@ -151,34 +160,28 @@ def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return torch.empty_strided(shape, strides, device="meta").is_contiguous()
 
 
-def stored_count(numel: int, run: int) -> int:
-    """Stored values of a stream of `numel` elements."""
-    return -(-numel // run)
-
-
-def saved_stream(stream: StreamSpec) -> SavedStream:
-    """How a stream is stored; the one place that knows types and lengths."""
-    return SavedStream(stream.name, stream.dtype, stream.run, float(stream.fill))
-
-
-def saved_param(entry: Entry, index: int, name: str | None, laid_out: bool) -> SavedParam:
+def saved_param(
+    entry: Entry, index: int, name: str | None, streams: Iterable[Stored], laid_out: bool
+) -> SavedParam:
     """A parameter as it is now, its streams without values."""
+    p = entry.param
     shape, strides = entry.shape, entry.strides
     if not laid_out:
-        shape, strides = entry.param.shape, strides_of(entry.param)
-    streams = list(map(saved_stream, entry.streams))
-    return SavedParam(index, name, tuple(shape), strides, entry.visits, streams)
+        shape, strides = p.shape, strides_of(p)
+    saved = [SavedStream(s.name, s.dtype, s.run, s.width, float(s.fill)) for s in streams]
+    return SavedParam(index, name, p.dtype, tuple(shape), strides, entry.visits, saved)
 
 
 def _param_out(param: SavedParam) -> dict[str, Any]:
     streams = [{**vars(s), "dtype": DTYPE_NAMES[s.dtype]} for s in param.streams]
-    return {**vars(param), "streams": streams}
+    return {**vars(param), "dtype": DTYPE_NAMES[param.dtype], "streams": streams}
 
 
 def _param_in(saved: dict[str, Any]) -> SavedParam:
     streams = [SavedStream(**{**s, "dtype": _DTYPES[s["dtype"]]}) for s in saved["streams"]]
-    layout = {name: tuple(saved[name]) for name in ("shape", "strides")}
-    return SavedParam(**{**saved, **layout, "streams": streams})
+    fields = {name: tuple(saved[name]) for name in ("shape", "strides")}
+    dtype = _DTYPES[saved["dtype"]]
+    return SavedParam(**{**saved, **fields, "dtype": dtype, "streams": streams})
 
 
 # Settings ---------------------------------------------------------------------------------------
@@ -264,11 +267,6 @@ def check_fit(
         if tuple(p.shape) != param.shape:
             raise ValueError(
                 f"{optimizer._say(p)} has the shape {tuple(p.shape)}, and {param.shape} in {folder}"
-            )
-        if param.strides != strides_of(p) and any(stream.run != 1 for stream in param.streams):
-            raise ValueError(
-                f"{optimizer._say(p)} has the strides {strides_of(p)}, and {param.strides} in "
-                f"{folder}: block-wise state cannot be put into another order"
             )
 
 

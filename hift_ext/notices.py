@@ -49,8 +49,9 @@ class Notices:
         self._once(
             "no gradient",
             f"no parameter of the active group {name!r} has a gradient: the step changed nothing. "
-            "Likely causes: the module was not used in forward, backward() was not called, or "
-            "reentrant gradient checkpointing below a frozen input (use_reentrant=False)",
+            "Likely causes: the module was not used in forward, backward() was not called, "
+            "reentrant gradient checkpointing below a frozen input (use_reentrant=False), or "
+            "torch.compile of an old torch (2.6), which does not see that requires_grad changed",
         )
 
     def pass_ended(self) -> None:

@@ -9,22 +9,35 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 from typing_extensions import Self, Unpack
 
-from hift_ext import interchange, layout, ops
-from hift_ext.freezing import OTHER_OPEN, FreezeHook, Freezer, frozen_in_copy, other_keeper
+from hift_ext import interchange, layout, ops, settings
+from hift_ext.booking import Step, Turnstile, all_or_nothing, book, pass_on
+from hift_ext.clipping import Reduce
+from hift_ext.engines import StateEngine
+from hift_ext.freezing import (
+    OTHER_OPEN,
+    FreezeHook,
+    Freezer,
+    check_member,
+    frozen_in_copy,
+    other_keeper,
+)
 from hift_ext.layers import Group, make_groups
 from hift_ext.notices import Notices
-from hift_ext.options import HiFTOptions, checked
+from hift_ext.options import HiFTOptions, check_offered, checked
 from hift_ext.paged_state import Entry, PagedState
+from hift_ext.precision import Precision
 from hift_ext.schedule import Schedule, make_order
 from hift_ext.update import quiet, update_group
 
 log = logging.getLogger("hift_ext")
+
+_ANY_PARAMETER = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class HiFTOptimizer(torch.optim.Optimizer):
@@ -43,10 +56,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
     has_step: ClassVar[bool] = True  # torch keeps `step` in the state
     state_from_start: ClassVar[bool] = False  # torch makes the state when the optimizer is made
 
+    _grad_norm: torch.Tensor | None = None
+    _reduce_norm: Reduce | None = None  # where gradients are sharded: see clipping.py
+
     # Set when the state is laid out, at the first step or load.
     _device: torch.device
     _device_index: int
+    _precision: Precision
     _stream_count: int
+    _sharded: bool
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over grad_scale and found_inf
 
@@ -65,19 +83,10 @@ class HiFTOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Any, defaults: dict[str, Any], **options: Unpack[HiFTOptions]
     ) -> None:
-        if defaults.get("capturable"):
-            raise ValueError(
-                "capturable=True is not offered: pages move and groups change on the host's clock, "
-                "which a CUDA graph cannot replay"
-            )
-        if defaults.get("differentiable"):
-            raise ValueError(
-                "differentiable=True is not offered: the fused update writes weights and state in "
-                "place, out of autograd's sight"
-            )
+        check_offered(defaults)
         if self.torch_class is not None:
             # torch's own class knows which settings are wrong, and says so in torch's words.
-            defaults = dict(self.torch_class([torch.empty(0)], **defaults).defaults)
+            defaults = dict(self.torch_class([_ANY_PARAMETER], **defaults).defaults)
         self._options = checked(options)
         model = self._options["model"]
         if isinstance(params, nn.Module):
@@ -86,6 +95,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
             model, params = params, list(params.parameters())
         self._model: nn.Module | None = model
         self._constructed = False
+        self._turnstile = Turnstile()
         super().__init__(params, defaults)
         self._begin(frozen_in_copy(model))
 
@@ -117,10 +127,12 @@ class HiFTOptimizer(torch.optim.Optimizer):
             has_step=self.has_step, from_start=self.state_from_start
         )
         self._entries: list[list[Entry]] = []  # by group
-        for group in self._groups:
-            layout.enter(self, group.params)
+        layout.enter(self, [group.params for group in self._groups])
         self._report = ops.Report()
         self._notices = Notices()
+        self._under_way: Step | None = None
+        self._suspect: str | None = None  # a member of the active group that was replaced
+        self._members = settings.members(self)
         self._closed = False
         self._frozen_for = -1
         self._freezer = self.state.freezer = Freezer()
@@ -138,7 +150,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
             self.freeze_inactive()
             return
         interchange.drop_dead_hooks(self._model)
-        self._hook = self._model.register_forward_pre_hook(FreezeHook(self))
+        # Before other hooks: FSDP2's takes over requires_grad from the shards it gathers.
+        self._hook = self._model.register_forward_pre_hook(FreezeHook(self), prepend=True)
 
     def _names(self) -> dict[torch.Tensor, str]:
         if self._model is not None:
@@ -149,29 +162,28 @@ class HiFTOptimizer(torch.optim.Optimizer):
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
 
-    def freeze_inactive(self) -> bool:
+    def freeze_inactive(self, *, everywhere: bool = False) -> bool:
         """Lets only the active group have gradients. Called by the model's forward pre-hook.
+
+        Args:
+            everywhere: Look at every group: others undo freezes too (peft, whenever adapters are
+                switched off and on). Otherwise only what changed with the turn is looked at.
 
         Returns:
             Whether this was the first time.
         """
-        active = self._schedule.active
-        lifted = self._freezer.lifted
-        if self._closed or (self._frozen_for == active and not lifted) or len(self._groups) == 1:
+        active, last = self._schedule.active, self._frozen_for
+        everywhere = everywhere or self._freezer.lifted
+        if self._closed or len(self._groups) == 1 or (last == active and not everywhere):
             return False
-        first = self._frozen_for < 0
+        first = last < 0
         if first:
             self._freezer.claim(p for group in self._groups for p in group.params)
-        if first or lifted:
-            self._freezer.lifted = False
-            before = range(len(self._groups))
-        else:
-            before = range(self._frozen_for, self._frozen_for + 1)
-        for index in before:
+        for index in range(len(self._groups)) if first or everywhere else (last,):
             if index != active:
                 self._freezer.freeze(index, self._groups[index].params)
         self._freezer.thaw(active)
-        self._frozen_for = active
+        self._frozen_for, self._freezer.lifted = active, False
         return first
 
     def frozen_names(self) -> tuple[str, ...]:
@@ -205,6 +217,15 @@ class HiFTOptimizer(torch.optim.Optimizer):
         latched = self._schedule.latched
         return float(self.param_groups[0]["lr"]) if latched is None else latched[0]
 
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients of the last step that had some, before it was clipped.
+
+        A float32 scalar on the parameters' device, without the scaler's factor; on a GPU reading
+        its value waits for it. None before the first such step and without `max_grad_norm`.
+        """
+        return self._grad_norm
+
     def stats(self) -> dict[str, float]:
         """What the last step moved (bytes) and how long it took (milliseconds).
 
@@ -231,9 +252,11 @@ class HiFTOptimizer(torch.optim.Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: The optimizer is closed, or a gradient is sparse or on another device.
+            RuntimeError: The optimizer is closed, a gradient is sparse or on another device, or
+                with `error_if_nonfinite` the gradients' norm is NaN or infinite.
             TypeError: A parameter or gradient type that is not offered.
             OSError: The page file could not be read or written; see the message.
+            ValueError: A setting in `param_groups` that cannot be used.
         """
         self._check_open()
         loss = None
@@ -245,23 +268,32 @@ class HiFTOptimizer(torch.optim.Optimizer):
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss  # the scaler skips this step: the group keeps its turn
-        if self._schedule.latched is None:
-            self._latch()
-        report = update_group(self, self._entries[self._schedule.active], found_inf)
-        if report is None:
-            self._notices.no_gradient(self._groups[self.active].name, self.pass_index)
-            if self.state.engine is not None:
-                self.state.engine.prefetch(self._schedule.following)
-        self._report = report or ops.Report()
-        if self._schedule.advance():
-            self._notices.pass_ended()
-        self.param_groups[0]["hift"] = self._schedule.as_dict
-        if self._model is None:
-            self.freeze_inactive()
+        all_or_nothing(self, found_inf)
         return loss
 
+    def _take_turn(self, found_inf: torch.Tensor | None) -> None:
+        self._check_open()
+        schedule = self._schedule
+        settings.check_unchanged(self, whole=schedule.latched is None)
+        if self._suspect is not None and self._model is not None:
+            check_member(self._model, self, self._suspect)
+        if schedule.latched is None:
+            self._latch()
+        passes, engine = schedule.pass_index, self.state.engine
+        report = update_group(self, self._entries[schedule.active], found_inf)
+        if report is None:
+            self._notices.no_gradient(self._groups[self.active].name, passes)
+            if engine is not None:
+                engine.prefetch(schedule.following)
+            pass_on(self, schedule.next())
+        self._report = report or ops.Report()
+        if schedule.pass_index != passes:
+            self._notices.pass_ended()
+        if self._model is None:
+            self.freeze_inactive()
+
     def _latch(self) -> None:
-        rates = [float(group["lr"]) for group in self.param_groups]
+        rates = settings.rates(self)
         self._schedule.latch(rates)
         if 0.0 in rates:
             self._notices.zero_rate(self.pass_index)
@@ -274,33 +306,43 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this optimizer is closed: make a new one")
+            raise RuntimeError(
+                "this optimizer is closed, and its state is gone: save it before close(), and make "
+                "a new one to train on"
+            )
 
-    def _engine(self) -> ops.StateEngine:
+    def _engine(self) -> StateEngine:
         """The engine; laid out at its first use, when the parameters' device is known."""
         return layout.lay_out(self) if self.state.engine is None else self.state.engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param_group: its trainable parameters are one more group from the next pass on."""
-        super().add_param_group(param_group)
-        if not self._constructed:
-            return
-        try:
-            self._check_open()
-            layout.join(self, self.param_groups[-1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        with self._turnstile.alone():
+            super().add_param_group(param_group)
+            if not self._constructed:
+                return
+            try:
+                self._check_open()
+                layout.join(self, self.param_groups[-1])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+            self._members = settings.members(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's own: state by index, in float32, and settings.
+        """Torch's, of a moment between two steps, wherever it is called from.
 
-        In host memory the tensors are views of the state; from a file they are copies in a mapped
-        file, which the system can write out.
+        Views of host memory; of a file, copies that the system can write out. 8-bit state is there
+        in float32, masters as `master` or `master_low` (int16: what the bfloat16 weight lacks).
+
+        Raises:
+            RuntimeError: The optimizer is closed, and its state gone.
         """
-        if self._model is None:
-            self.freeze_inactive()
-        return interchange.with_schedule(self, super().state_dict())
+        with self._turnstile.lock, self.state.masters():
+            self._check_open()
+            settings.check_unchanged(self, whole=True)
+            book(self)
+            return interchange.with_schedule(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.
@@ -309,13 +351,23 @@ class HiFTOptimizer(torch.optim.Optimizer):
         they were saved. Everything is checked before anything changes.
 
         Raises:
-            ValueError: Another number of param_groups, parameters or elements, or missing state.
+            TypeError: Not a state_dict, or state that is no tensor of real numbers.
+            ValueError: Another number of param_groups, parameters or elements, missing state, or a
+                schedule that cannot be.
         """
-        self._check_open()
-        interchange.load(self, state_dict)
+        with self._turnstile.alone():
+            self._check_open()
+            interchange.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return interchange.get_state(self)
+        with self._turnstile.alone():
+            return interchange.get_state(self)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a shallow copy would be a second optimizer on the same parameters: use "
+            "copy.deepcopy((model, optimizer)), or a new optimizer and load_state_dict()"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         interchange.set_state(self, state)
@@ -327,18 +379,18 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
         Safe to call twice. State tensors taken earlier stay valid.
         """
-        if self._closed:
-            return
-        self._closed = True
-        self._freezer.close()
-        if self._hook is not None:
-            self._hook.remove()
-        self.state.settle()
-        engine, self.state.engine = self.state.engine, None
-        for entry in self.state.entries.values():
-            entry.visits = 0
-        if engine is not None:
-            engine.flush()
+        with self._turnstile.lock:
+            # Each line may be repeated: a close() that was interrupted is finished by another.
+            self._closed = True
+            self._freezer.close()
+            if self._hook is not None:
+                self._hook.remove()
+            self.state.settle()
+            engine, self.state.engine = self.state.engine, None
+            for entry in self.state.entries.values():
+                entry.visits = 0
+            if engine is not None:
+                engine.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -6,12 +6,14 @@ What is not offered raises here, at construction, with what is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from typing_extensions import TypedDict
+
+from hift_ext.clipping import check_clipping
 
 STORES = ("auto", "ram", "disk", "device")
 BACKENDS = ("auto", "cpu", "cuda", "triton")
@@ -25,7 +27,7 @@ class HiFTOptions(TypedDict, total=False):
             layers. Implied where `params` is a module.
         layers_per_group: m consecutive layers a group; `"all"` for one group.
         order: `"bottom2up"`, `"top2down"`, `"random"`, or a permutation of group indices.
-        seed: Seed of the random order.
+        seed: Seed of the random order and of stochastic rounding.
         groups: The groups themselves: lists of parameter-name prefixes or of Parameters.
         store: Where state rests: `"ram"`, `"disk"` (unlinked scratch), `"disk:PATH"`, `"device"`
             (beside the parameters); `"auto"` is `"ram"`.
@@ -33,10 +35,18 @@ class HiFTOptions(TypedDict, total=False):
             store's only); `"auto"` holds the largest group, 0 has a GPU update pages in host memory
             over the bus.
         page_bytes: Upper bound of a page's record in bytes.
-        state_dtype: Type of the state; `torch.float32`.
-        master: `"auto"` or None: no separate master weights.
-        rounding: How 16-bit weights are rounded; `"nearest"`.
+        state_dtype: Type of the state: `torch.float32`, `torch.bfloat16`, or `"8bit"` (codes in
+            blocks of 256 elements, for Adam, AdamW and SGD's momentum).
+        master: What 16-bit weights are updated from: `"fp32"`, a float32 copy beside the state;
+            `"split"`, the same number as the bfloat16 weight and its low half; None, the weights
+            themselves. `"auto"` is `"split"` for bfloat16, `"fp32"` for float16, and None where
+            `rounding="stochastic"` makes up for it. A weight that was changed by somebody else
+            counts, not its master.
+        rounding: How bfloat16 weights without a master, and state in fewer than 32 bits, are
+            rounded: `"nearest"`, or `"stochastic"`, by `seed`.
         max_grad_norm: Clips the norm of the active group's gradients to this inside the update.
+        error_if_nonfinite: A norm that is NaN or infinite raises before anything changes. On a GPU
+            the step then waits for the norm.
         backend: `"auto"`, `"cpu"`, `"cuda"` or `"triton"`.
     """
 
@@ -52,6 +62,7 @@ class HiFTOptions(TypedDict, total=False):
     master: str | None
     rounding: str
     max_grad_norm: float | None
+    error_if_nonfinite: bool
     backend: str
 
 
@@ -68,6 +79,7 @@ DEFAULTS: dict[str, Any] = {
     "master": "auto",
     "rounding": "nearest",
     "max_grad_norm": None,
+    "error_if_nonfinite": False,
     "backend": "auto",
 }
 
@@ -101,12 +113,10 @@ def checked(options: HiFTOptions) -> dict[str, Any]:
         raise TypeError(f"model must be an nn.Module, not {type(full['model']).__name__}")
     if isinstance(full["seed"], bool) or not isinstance(full["seed"], int):
         raise TypeError(f"seed must be an int, not {full['seed']!r}")
-    norm = full["max_grad_norm"]
-    if norm is not None and not norm > 0:
-        raise ValueError(f"max_grad_norm must be None or a positive number, not {norm!r}")
-    _offered("state_dtype", full["state_dtype"], (torch.float32,))
-    _offered("master", full["master"], ("auto", None))
-    _offered("rounding", full["rounding"], ("nearest",))
+    check_clipping(full["max_grad_norm"], full["error_if_nonfinite"])
+    _offered("state_dtype", full["state_dtype"], (torch.float32, torch.bfloat16, "8bit"))
+    _offered("master", full["master"], ("auto", None, "fp32", "split"))
+    _offered("rounding", full["rounding"], ("nearest", "stochastic"))
     _offered("backend", full["backend"], BACKENDS)
     return full
 
@@ -115,3 +125,21 @@ def _offered(name: str, value: object, values: tuple[object, ...]) -> None:
     if value not in values:
         offered = ", ".join(map(repr, values))
         raise ValueError(f"{name}={value!r} is not offered by this version; offered: {offered}")
+
+
+def check_offered(defaults: Mapping[str, Any]) -> None:
+    """Refuses what torch's own classes offer and these cannot.
+
+    Raises:
+        ValueError: It was asked for.
+    """
+    if defaults.get("capturable"):
+        raise ValueError(
+            "capturable=True is not offered: pages move and groups change on the host's clock, "
+            "which a CUDA graph cannot replay"
+        )
+    if defaults.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not offered: the fused update writes weights and state in "
+            "place, out of autograd's sight"
+        )

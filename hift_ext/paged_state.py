@@ -7,16 +7,22 @@ In host memory the tensors are views of the pages; from a file they are copies m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
+from hift_ext import precision
+from hift_ext.engines import StateEngine
 from hift_ext.freezing import Freezer
-from hift_ext.ops import StateEngine, StreamSpec
+from hift_ext.ops import StreamSpec, Wanted
+from hift_ext.precision import Precision
+from hift_ext.sharding import like, local, part_for
 
 
 def strides_of(p: torch.Tensor) -> tuple[int, ...]:
-    """The strides that a parameter's state has, in elements: its own where those have no gaps."""
+    """The strides that a tensor's state has, in elements: its own where those have no gaps."""
     # empty_like keeps the strides of dense tensors only.
     strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
     if p.stride() != strides:
@@ -35,7 +41,8 @@ class Entry:
         number: Index of its param_group.
         streams: Its state, in the rule's order.
         visits: Steps that updated it.
-        numel: Elements when the state was laid out.
+        index: Its place among the trained parameters, in the order of param_groups.
+        numel: Elements when the state was laid out: of this rank's part, where it is sharded.
         shape: Shape then.
         strides: Strides of the state, in elements: the parameter's own where those have no gaps.
         contiguous: Whether these are row-major.
@@ -47,6 +54,7 @@ class Entry:
     number: int
     streams: list[StreamSpec]
     visits: int = 0
+    index: int = 0
     numel: int = 0
     shape: torch.Size = torch.Size()  # noqa: RUF009 (immutable)
     strides: tuple[int, ...] = ()
@@ -54,10 +62,15 @@ class Entry:
 
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""
+        p = local(self.param)
+        self.numel, self.shape, self.strides = p.numel(), p.shape, strides_of(p)
+        self.contiguous = torch.empty_strided(p.shape, self.strides, device="meta").is_contiguous()
+
+    def follow(self) -> None:
+        """Takes over another shape of as many elements, where both are row-major."""
         p = self.param
-        strides = strides_of(p)
-        self.numel, self.shape, self.strides = p.numel(), p.shape, strides
-        self.contiguous = torch.empty_strided(p.shape, strides, device="meta").is_contiguous()
+        if p.shape != self.shape and self.contiguous and p.numel() == self.numel:
+            self.shape, self.strides = p.shape, torch.empty(p.shape, device="meta").stride()
 
     def laid_out(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A copy of `tensor` with the state's strides, on the tensor's device."""
@@ -66,9 +79,28 @@ class Entry:
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's elements lie in memory in the state's order."""
+        if tensor.is_neg():
+            return False
         if self.contiguous:
             return tensor.is_contiguous()
         return tensor.stride() == self.strides
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one group's steps have in common since the state was laid out.
+
+    Attributes:
+        params: The group's parameters.
+        wanted: A row for each, with the place of its param_group in `numbers`.
+        numbers: The param_groups they are in.
+        contiguous: Whether the state of all of them is row-major.
+    """
+
+    params: list[torch.Tensor]
+    wanted: list[Wanted]
+    numbers: list[int]
+    contiguous: bool
 
 
 class Flag:
@@ -79,7 +111,7 @@ class Flag:
     """
 
     def __init__(self, found_inf: torch.Tensor) -> None:
-        self._value = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._value = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
         self._value.copy_(found_inf.reshape(()), non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(found_inf.device))
@@ -106,14 +138,29 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self._has_step = has_step
         self._from_start = from_start
         self.engine: StateEngine | None = None
+        self.precision = Precision()  # known when the state is laid out
+        self._with_masters = False
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
         self.freezer: Freezer | None = None
         self.complete = False  # every parameter has state, visited or not
+        # Known for the engine that there is: `lay_out` forgets them.
+        self.turns: dict[int, Turn] = {}  # by group
+        self.fitting: set[str] = set()  # rules whose state was laid out
         self._unsettled: list[tuple[Flag, Sequence[Entry]]] = []
+
+    @contextmanager
+    def masters(self) -> Iterator[None]:
+        """What is read holds masters too, of which torch knows nothing."""
+        self._with_masters = True
+        try:
+            yield
+        finally:
+            self._with_masters = False
 
     def doubt(self, entries: Sequence[Entry], flag: Flag) -> None:
         """The entries' last visits count only if `flag` is not raised."""
-        self._unsettled.append((flag, entries))
+        if all(flag is not known for known, _ in self._unsettled):
+            self._unsettled.append((flag, entries))
 
     def settle(self, group: int | None = None) -> None:
         """Takes back visits that were none: of one group and what is known of others, or of all."""
@@ -129,7 +176,8 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
 
     def _exists(self, entry: Entry) -> bool:
         made = self._from_start or self.complete or entry.visits > 0
-        return made and (self._has_step or bool(entry.streams))
+        masters = self._with_masters and self.precision.master is not None
+        return made and (self._has_step or bool(entry.streams) or masters)
 
     def __contains__(self, param: object) -> bool:
         if not isinstance(param, torch.Tensor):
@@ -162,20 +210,62 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
 
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         entry = self.entries[param]
-        if not self._has_step and not entry.streams:
-            return {}  # as torch answers for plain SGD
         if param not in self:
+            if not self._has_step and not entry.streams:
+                return {}  # as torch answers for plain SGD
             raise KeyError(param)
         values: dict[str, torch.Tensor] = {}
         if self._has_step:
-            values["step"] = torch.tensor(float(entry.visits))
+            values["step"] = torch.tensor(float(entry.visits), dtype=torch.float32, device="cpu")
         for number, stream in enumerate(entry.streams):
             if self.engine is None:  # there from the start, and no step yet
                 values[stream.name] = torch.full_like(param, stream.fill, dtype=torch.float32)
                 continue
+            entry.follow()
+            flat = self._read(entry, number)
+            values[stream.name] = like(param, flat.as_strided(entry.shape, entry.strides))
+        if self._with_masters and self.engine is not None and self.precision.master is not None:
+            number = self._master
             flat = self.engine.tensor(entry.group, entry.item, number, entry.numel)
-            values[stream.name] = flat.as_strided(entry.shape, entry.strides)
+            name = self.engine.stored[number].name
+            values[name] = like(param, flat.as_strided(entry.shape, entry.strides))
         return values
+
+    @property
+    def _master(self) -> int:
+        """Number of the engine's stream of masters."""
+        assert self.engine is not None
+        stored = self.engine.stored
+        return next(n for n, s in enumerate(stored) if s.name in ("master", "master_low"))
+
+    def _scale(self, number: int) -> int:
+        """Number of the engine's stream of a state's scales."""
+        assert self.engine is not None
+        return len(self.engine.stored) - self._states + number
+
+    @property
+    def _states(self) -> int:
+        assert self.engine is not None
+        return sum(s.width > 1 for s in self.engine.stored)
+
+    def _read(self, entry: Entry, number: int) -> torch.Tensor:
+        """An item's state, flat: as it is stored, or floats made of codes."""
+        assert self.engine is not None
+        flat = self.engine.tensor(entry.group, entry.item, number, entry.numel)
+        if self.precision.state_dtype != "8bit":
+            return flat
+        scales = self.engine.tensor(entry.group, entry.item, self._scale(number), entry.numel)
+        to = self.engine.room(entry.numel, torch.float32)
+        return precision.decoded(flat, scales, to, entry.streams[number].signed)
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "optimizer.state shows state that lies in pages: entries cannot be set or removed. "
+            "Change their tensors in place (optimizer.state[p]['exp_avg'].zero_(); not with "
+            "store='disk', which shows copies), or use load_state_dict()"
+        )
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __repr__(self) -> str:
         return f"PagedState of {len(self)} parameters"
@@ -183,7 +273,38 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
     def write(self, entry: Entry, values: Mapping[str, torch.Tensor]) -> None:
         """Copies tensors of any type, device and strides into a parameter's pages."""
         assert self.engine is not None
+        entry.follow()
         for number, stream in enumerate(entry.streams):
-            value = entry.laid_out(values[stream.name].detach().to("cpu"), torch.float32)
-            flat = value.as_strided((entry.numel,), (1,))
-            self.engine.write(entry.group, entry.item, number, flat)
+            flat = _flat(entry, values[stream.name], self.precision)
+            place = entry.group, entry.item
+            if self.precision.state_dtype == "8bit":
+                flat, scales = precision.encoded(flat, stream.signed)
+                self.engine.write(*place, self._scale(number), scales)
+            self.engine.write(*place, number, flat)
+        if self.precision.master is not None:
+            self.engine.write(entry.group, entry.item, self._master, self._masters(entry, values))
+
+    def _masters(self, entry: Entry, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What is stored of the masters that were saved; else of the weights as they are."""
+        weights = _flat(entry, entry.param)
+        saved = values.get("master")
+        if saved is None and "master_low" in values and weights.dtype == torch.bfloat16:
+            low = _flat(entry, values["master_low"])
+            if self.precision.master == "split":
+                return low
+            return precision.joined(weights, low)
+        whole = weights.float() if saved is None else _flat(entry, saved).float()
+        if self.precision.master == "fp32":
+            return whole
+        if weights.dtype != torch.bfloat16:  # a float32 weight is its own master
+            return torch.zeros(entry.numel, dtype=torch.int16, device="cpu")
+        return precision.low_of(whole, weights)
+
+
+def _flat(entry: Entry, tensor: torch.Tensor, kept: Precision | None = None) -> torch.Tensor:
+    """This rank's elements of a tensor, in the state's order, on the CPU, as they are kept."""
+    dtype = tensor.dtype
+    if kept is not None:
+        dtype = torch.bfloat16 if kept.state_dtype == torch.bfloat16 else torch.float32
+    value = entry.laid_out(part_for(entry.param, tensor).to("cpu"), dtype)
+    return value.as_strided((entry.numel,), (1,))

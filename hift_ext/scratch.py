@@ -32,21 +32,21 @@ class Scratch:
         self._file: weakref.ref[mmap.mmap] | None = None
         self._size = self._used = 0
 
-    def take(self, count: int) -> torch.Tensor:
-        """A flat float32 tensor with a storage of its own, not initialized.
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor with a storage of its own, not initialized.
 
         Raises:
             OSError: The disk has no room.
         """
         if count == 0:
-            return torch.empty(0)
-        needed = -(-4 * count // _ALIGNMENT) * _ALIGNMENT
+            return torch.empty(0, dtype=dtype, device="cpu")
+        needed = -(-dtype.itemsize * count // _ALIGNMENT) * _ALIGNMENT
         file = None if self._file is None else self._file()
         if file is None or self._used + needed > self._size:
             self._size = max(needed, _FIRST_BYTES if file is None else 2 * self._size)
             file = self._new(self._size)
             self._file, self._used = weakref.ref(file), 0
-        part = torch.frombuffer(file, dtype=torch.float32, count=count, offset=self._used)
+        part = torch.frombuffer(file, dtype=dtype, count=count, offset=self._used)
         self._used += needed
         return part
 

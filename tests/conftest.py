@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import _hift_ext
+import filelock
 import hypothesis
 import pytest
 import torch
@@ -23,6 +24,11 @@ from hift_ext import __version__, ops
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.register_profile("wide", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("same")
+
+MOST_WORKERS = 8  # each holds torch and compiles: a large machine has cores, not the memory
+# Their module's fixtures take seconds to make: one worker runs them all. Not `--dist loadgroup`,
+# which groups nothing under pytest 9.2 (pytest-xdist issue 1386).
+TOGETHER = {"test_gpu_check", "test_machine_code", "test_state_dict", "test_triton_compile"}
 
 
 def _flushes() -> bool:
@@ -128,6 +134,30 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     # Fixtures of modules run before `one_thread`; torch's bits depend on its number of threads.
     torch.set_num_threads(1)
+    if hasattr(config, "workerinput"):
+        # Beside other workers: the programs that tests start are not to take every core each.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core, but one for a run of named files or tests: it starts at once."""
+    if any(".py" in str(arg) for arg in config.args):
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hands out tests one by one, and the modules in TOGETHER whole."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::")[0]
+            return module if Path(module).stem in TOGETHER else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -156,11 +186,24 @@ def isa(request):
 
 
 @pytest.fixture(scope="session")
-def cuda_sim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of tests/cuda_sim, and `_hift_ext` on the simulated CUDA runtime."""
+def cuda_sim(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The programs of tests/cuda_sim, and `_hift_ext` on the simulated CUDA runtime.
+
+    Built once a run: the first worker that asks builds, others wait for it.
+    """
+    run = tmp_path_factory.getbasetemp()
+    folder = (run if worker_id == "master" else run.parent) / "cuda_sim"
+    built = folder / "built"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not built.is_file():
+            _build_cuda_sim(folder)
+            built.touch()
+    return folder
+
+
+def _build_cuda_sim(folder: Path) -> None:
     import pybind11
 
-    folder = tmp_path_factory.mktemp("cuda_sim")
     settings = {
         "CUDA_HEADERS": cuda_include(),
         "HIFT_VERSION": __version__,
@@ -175,7 +218,6 @@ def cuda_sim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return folder
 
 
 @pytest.fixture(autouse=True)

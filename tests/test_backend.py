@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from hift_ext import backend, doctor, ops
+from hift_ext import backend, doctor, engines, ops
 
 STREAMS = [ops.StreamSpec("exp_avg"), ops.StreamSpec("exp_avg_sq")]
 CUDA = torch.device("cuda", 0)
@@ -35,7 +35,7 @@ def machine(monkeypatch):
 
 def test_the_cpu_pages_to_ram() -> None:
     engine = make("cpu")
-    assert isinstance(engine, ops.PagedEngine)
+    assert isinstance(engine, engines.PagedEngine)
     assert engine.description == "ram"
 
 

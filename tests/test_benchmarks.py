@@ -113,3 +113,24 @@ def test_train(tmp_path: Path) -> None:
     assert rows["hift"]["loss"] == pytest.approx(rows["torch_hift"]["loss"], rel=1e-4)
     assert rows["hift"]["accuracy"] == rows["torch_hift"]["accuracy"]
     assert rows["full"]["peak_bytes"] > rows["hift"]["peak_bytes"]
+
+
+def test_clip(tmp_path: Path) -> None:
+    result = run("bench_clip.py", tmp_path, "--quick")
+    absent = {(a["rule"], a["param"], a["impl"]) for a in result["absent"]}
+    assert ("adamw", "bf16", "torch_fused") in absent
+    assert {(row["rule"], row["param"]) for row in result["rows"]} == set(BYTES) - {
+        ("adagrad", "fp32")
+    }
+    for row in result["rows"]:
+        grad = 4 if row["grad"] == "fp32" else 2
+        # A clipped step reads the gradient once more; a norm reads nothing else.
+        each = grad + (BYTES[row["rule"], row["param"]] if row["part"] == "step" else 0)
+        assert row["bytes"] == each * row["elements"]
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert (row["ratio_to_best_peer"] is not None) == (row["best_peer"] is not None)
+        assert row["impl"] == "hift" or row["best_peer"] is None
+    for part, peers in (("step", {"torch_fused", "torch_foreach"}), ("norm", {"torch"})):
+        found = {r["impl"] for r in result["rows"] if (r["part"], r["param"]) == (part, "fp32")}
+        assert found == {"hift", "ceiling"} | peers

@@ -146,7 +146,7 @@ def test_reviews():
 def test_example():
     root = Path(__file__).resolve().parents[1]
     result = subprocess.run(
-        [sys.executable, root / "examples" / "finetune.py", "--steps", "2"],
+        [sys.executable, root / "examples" / "finetune.py", "--steps", "2", "--held-out", "50"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -113,7 +113,7 @@ def test_fused_rounds_once():
 
 @inside
 def test_rules_are_the_extensions():
-    theirs = {name: (states, hypers) for name, (_, states, hypers) in ops.RULES.items()}
+    theirs = {name: (states, hypers) for name, (_, states, hypers, _) in ops.RULES.items()}
     assert {n: (r.states, r.hypers) for n, r in triton_step.RULES.items()} == theirs
 
 

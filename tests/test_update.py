@@ -133,7 +133,7 @@ def test_quick_look_tells_addresses_and_kinds() -> None:
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     wanted = [(p, 0, 6, 0), (absent_grad, 1, 6, 0), (q, 5, 6, 1)]
     rows = ops.plain_rows(wanted, ["adamw", "sgd"], -1)
-    assert rows == [
+    assert list(rows) == [
         (0, p.data_ptr(), p.grad.data_ptr(), ops.kind("adamw", torch.half, torch.half), 0),
         (5, q.data_ptr(), q.grad.data_ptr(), ops.kind("sgd", torch.half, torch.half), 1),
     ]
@@ -190,3 +190,104 @@ def test_quick_look_tells_a_gradient_of_another_type() -> None:
     rows = ops.plain_rows([(p, 0, 4, 0)], ["adamw"], -1)
     assert rows is not None
     assert rows[0][3] == ops.kind("adamw", torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_parameter_counts_its_own_visits(quick, monkeypatch) -> None:
+    if not quick:
+        monkeypatch.setattr(ops, "plain_rows", lambda *args: None)
+
+    def made() -> list[dict]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(3, 2)) for _ in range(5)]
+        return [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.5}]
+
+    settings = {"lr": 0.1, "betas": (0.5, 0.6), "eps": 1e-3}
+    ours = hift_ext.AdamW(made(), layers_per_group="all", **settings)
+    theirs = torch.optim.AdamW(made(), **settings)
+    absent: tuple[set[int], ...] = (set(), {1, 4}, set(), {0}, {1, 2, 3, 4}, set(), set(), {2})
+    for turn, left_out in enumerate(absent):
+        for optimizer in (ours, theirs):
+            torch.manual_seed(turn)
+            members = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, p in enumerate(members):
+                grad = torch.randn_like(p)
+                p.grad = None if index in left_out else grad
+            optimizer.step()
+        if turn == 5:  # loaded, the counts are equal at once; and a setting changes
+            state = theirs.state_dict()
+            for entry in state["state"].values():
+                entry["step"] = torch.tensor(9.0)
+            for optimizer in (ours, theirs):
+                optimizer.load_state_dict(state)
+                optimizer.param_groups[1]["eps"] = 1e-2
+        for p, q in zip(ours.state.entries, theirs.state, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+            assert ours.state[p]["step"] == theirs.state[q]["step"]
+
+
+def test_state_that_was_not_laid_out_is_refused_at_any_step() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = hift_ext.SGD(
+        [{"params": params[:1]}, {"params": params[1:]}], layers_per_group="all"
+    )
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[1]["momentum"] = 0.9
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"param_group 1 now needs the state momentum_buffer"):
+            optimizer.step()
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[1]["momentum"] = 0
+    optimizer.step()
+    assert not any(map(torch.equal, params, before))
+
+
+def test_what_has_no_gradient_is_not_marked_as_changed() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = hift_ext.SGD(params, layers_per_group="all")
+    for turn in range(3):
+        params[0].grad, params[1].grad = torch.ones(3), torch.ones(3) if turn == 0 else None
+        late = (params[1] * params[1].detach().clone().requires_grad_()).sum()
+        optimizer.step()
+        if turn == 0:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                late.backward()
+        else:
+            late.backward()
+
+
+def test_a_layout_made_anew_is_used() -> None:
+    """More state is loaded while a parameter is transposed; it is row-major again after."""
+
+    def made() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(3, 4))]
+
+    (p,), (q,) = made(), made()
+    ours = hift_ext.Adam([p], lr=0.1, layers_per_group="all")
+    theirs = torch.optim.Adam([q], lr=0.1)
+
+    def step() -> None:
+        grad = torch.randn(3, 4)
+        for optimizer, param in ((ours, p), (theirs, q)):
+            param.grad = grad.clone()
+            optimizer.step()
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+    step()
+    step()
+    theirs = torch.optim.Adam([q], lr=0.1, amsgrad=True)
+    q.grad = torch.randn(3, 4)
+    theirs.step()
+    p.grad = None
+    p.data = q.detach().t().contiguous().t()
+    ours.load_state_dict(theirs.state_dict())
+    step()
+    p.grad = None
+    p.data = p.detach().contiguous()
+    step()
+    for key in ("exp_avg", "max_exp_avg_sq"):
+        torch.testing.assert_close(ours.state[p][key], theirs.state[q][key], rtol=1e-6, atol=1e-6)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one loop over a span's elements, for every rule and every pair of types. Each instruction set
-// includes it once, under its own target pragma and its own HIFT_NS, after every standard header:
-// no inline function is shared between them.
+// The loops over a span's elements, for every rule. Each instruction set includes them once, under
+// its own target pragma and its own HIFT_NS, after every standard header: no inline function is
+// shared between them.
 
 #include "core/dtype.h"
 #include "core/span.h"
@@ -10,6 +10,30 @@
 
 namespace hift::HIFT_NS {
 
+/// One element: the rule with as much state as it has.
+template <class Rule>
+HIFT_FN void apply(float& p, float g, [[maybe_unused]] float* s0, [[maybe_unused]] float* s1,
+                   [[maybe_unused]] float* s2, const typename Rule::Hyper& h) {
+  if constexpr (Rule::states == 0) {
+    Rule::update(p, g, h);
+  } else if constexpr (Rule::states == 1) {
+    Rule::update(p, g, *s0, h);
+  } else if constexpr (Rule::states == 2) {
+    Rule::update(p, g, *s0, *s1, h);
+  } else {
+    Rule::update(p, g, *s0, *s1, *s2, h);
+  }
+}
+
+}  // namespace hift::HIFT_NS
+
+#include "cpu/stage.inl"
+//
+#include "cpu/pairs.inl"
+
+namespace hift::HIFT_NS {
+
+/// The direct loop, for state kept as float and weights rounded to nearest.
 template <class Rule, class Param, class Grad>
 void update_range(const Span& span, std::int64_t begin, std::int64_t end, float grad_factor) {
   static_assert(Rule::states <= kMaxStates && sizeof(typename Rule::Hyper) <= sizeof span.hyper);
@@ -17,22 +41,13 @@ void update_range(const Span& span, std::int64_t begin, std::int64_t end, float 
   memcpy(&h, span.hyper, sizeof h);
   Param* __restrict param = static_cast<Param*>(span.param);
   const Grad* __restrict grad = static_cast<const Grad*>(span.grad);
-  [[maybe_unused]] float* __restrict state0 = span.state[0];
-  [[maybe_unused]] float* __restrict state1 = span.state[1];
-  [[maybe_unused]] float* __restrict state2 = span.state[2];
+  [[maybe_unused]] float* __restrict state0 = static_cast<float*>(span.state[0]);
+  [[maybe_unused]] float* __restrict state1 = static_cast<float*>(span.state[1]);
+  [[maybe_unused]] float* __restrict state2 = static_cast<float*>(span.state[2]);
 #pragma omp simd
   for (std::int64_t i = begin; i < end; ++i) {
     float p = load(param[i]);
-    const float g = load(grad[i]) * grad_factor;
-    if constexpr (Rule::states == 0) {
-      Rule::update(p, g, h);
-    } else if constexpr (Rule::states == 1) {
-      Rule::update(p, g, state0[i], h);
-    } else if constexpr (Rule::states == 2) {
-      Rule::update(p, g, state0[i], state1[i], h);
-    } else {
-      Rule::update(p, g, state0[i], state1[i], state2[i], h);
-    }
+    apply<Rule>(p, load(grad[i]) * grad_factor, &state0[i], &state1[i], &state2[i], h);
     store(param[i], p);
   }
 }
@@ -42,9 +57,12 @@ constexpr RuleEntry entry() {
   return {Rule::name,
           Rule::states,
           static_cast<int>(sizeof(typename Rule::Hyper) / sizeof(float)),
+          non_negative<Rule>,
           {{update_range<Rule, float, float>, nullptr, nullptr},
            {update_range<Rule, BFloat16, float>, update_range<Rule, BFloat16, BFloat16>, nullptr},
-           {update_range<Rule, Float16, float>, nullptr, update_range<Rule, Float16, Float16>}}};
+           {update_range<Rule, Float16, float>, nullptr, update_range<Rule, Float16, Float16>}},
+          {update_pairs<Rule, false>, update_pairs<Rule, true>},
+          update_staged<Rule>};
 }
 
 const RuleEntry* table() {

@@ -8,7 +8,9 @@
 #include <cstdlib>
 
 #include "core/check.h"
+#include "core/kept.h"
 #include "cpu/pool.h"
+#include "cpu/table.h"
 #include "rules/all.h"
 
 namespace hift::cpu {
@@ -25,19 +27,18 @@ std::int64_t grain_of(std::int64_t total, int threads) {
   return std::clamp<std::int64_t>(share, 1 << 14, 1 << 18) / 64 * 64;
 }
 
-struct InstructionSet {
-  const char* name;
-  const RuleEntry* table;
-};
+std::int64_t whole_blocks(std::int64_t elements) {
+  return (elements + generic::kBlock - 1) / generic::kBlock * generic::kBlock;
+}
 
 std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> sets{{"baseline", baseline::table()}};
+  std::vector<InstructionSet> sets{{"baseline", baseline::table(), baseline::square_sums()}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back({"avx2", avx2::table()});
+    sets.push_back({"avx2", avx2::table(), avx2::square_sums()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", avx512::table()});
+      sets.push_back({"avx512", avx512::table(), avx512::square_sums()});
     }
   }
 #endif
@@ -64,6 +65,16 @@ std::atomic<const InstructionSet*>& current() {
   return set;
 }
 
+/// The loop for a span whose pair of types is offered.
+UpdateRange loop_of(const RuleEntry& rule, const Span& s, UpdateRange direct) {
+  const bool plain = s.state_type == StateType::kFloat32 || rule.states == 0;
+  if (plain && s.weights == Weights::kNearest) return direct;
+  const bool all16 = s.state_type == StateType::kBFloat16 && s.param_dtype == DType::kBFloat16 &&
+                     s.grad_dtype == DType::kBFloat16;
+  const Weights alike = s.stochastic_state ? Weights::kStochastic : Weights::kNearest;
+  return all16 && s.weights == alike ? rule.pairs[s.stochastic_state] : rule.staged;
+}
+
 UpdateRange checked(const RuleEntry* table, const Span& s) {
   check_argument(s.rule >= 0 && s.rule < generic::kRules, "rule ", s.rule,
                  " is not in the list of ", generic::kRules);
@@ -72,11 +83,8 @@ UpdateRange checked(const RuleEntry* table, const Span& s) {
   check_argument(p >= 0 && p < 3 && g >= 0 && g < 3 && rule.update[p][g] != nullptr, "rule ",
                  rule.name, " has no loop for parameter type ", p, " with gradient type ", g);
   check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
-  bool present = s.param != nullptr && s.grad != nullptr;
-  for (int i = 0; i < rule.states; ++i) present = present && s.state[i] != nullptr;
-  check_argument(present || s.count == 0, "a span of ", s.count, " elements for rule ", rule.name,
-                 " has a null address");
-  return rule.update[p][g];
+  check_kept(s, rule.name, rule.states, rule.non_negative);
+  return loop_of(rule, s, rule.update[p][g]);
 }
 
 }  // namespace
@@ -103,8 +111,13 @@ void step(const Span* spans, std::size_t count, const Scaling& scaling, int thre
         // The span in which `begin` lies: the last that does not start after it.
         std::size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
         for (; i < count && first[i] < end; ++i) {
-          const std::int64_t from = begin > first[i] ? begin - first[i] : 0;
-          const std::int64_t to = std::min(end - first[i], spans[i].count);
+          std::int64_t from = begin > first[i] ? begin - first[i] : 0;
+          std::int64_t to = std::min(end - first[i], spans[i].count);
+          if (spans[i].state_type == StateType::kCode8) {
+            // A block of codes belongs to whoever has its first element.
+            from = std::min(whole_blocks(from), spans[i].count);
+            to = std::min(whole_blocks(to), spans[i].count);
+          }
           if (from < to)
             update[i](spans[i], from, to, spans[i].grad_factor * static_cast<float>(factor));
         }
@@ -133,6 +146,8 @@ std::vector<std::string> instruction_sets() {
   for (const InstructionSet& set : available()) names.emplace_back(set.name);
   return names;
 }
+
+const InstructionSet& set_in_use() { return *current().load(); }
 
 std::string instruction_set() { return current().load()->name; }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loop compiled for AVX-512, sixteen floats at a time.
+// The loops compiled for AVX-512, sixteen floats at a time.
 // The standard headers come first: nothing of theirs may be compiled for this target and then kept
 // for everyone.
 #include <cmath>
@@ -10,3 +10,4 @@
 
 #define HIFT_NS avx512
 #include "cpu/loop.inl"
+#include "cpu/norm.inl"

@@ -122,7 +122,7 @@ std::vector<DeviceRing::Part> RamMover::record(const Page& page) {
   std::vector<DeviceRing::Part> parts;
   for (int s = 0; s < static_cast<int>(table_.streams().size()); ++s) {
     parts.push_back({table_.stream_offset(page, s), store_.address(table_, page, s),
-                     page.extent * table_.streams()[s].element_bytes});
+                     table_.streams()[s].bytes(page.extent)});
   }
   return parts;
 }

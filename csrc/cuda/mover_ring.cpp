@@ -149,7 +149,10 @@ void DeviceRing::drain() {
 
 void DeviceRing::fill(int slot, std::int64_t offset, std::int64_t count,
                       const hift::Stream& pattern, cudaStream_t stream) {
-  cuda::fill(address(slot) + offset, count, pattern.element_bytes, pattern.fill, device_, stream);
+  // A run's value is words that are all alike.
+  const std::int64_t bytes = std::min<std::int64_t>(pattern.value_bytes, 4);
+  cuda::fill(address(slot) + offset, pattern.bytes(count) / bytes, bytes, pattern.fill, device_,
+             stream);
   slots_[slot].stream = stream;
   slots_[slot].in_use = true;
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/kept.h"
 #ifndef HIFT_HOST_KERNEL
 #include "cuda/runtime.h"
 #endif
@@ -34,7 +35,7 @@ Work work_of(const Span& s, std::uint32_t first_block) {
   w.first_block = first_block;
   w.packed = aligned<Work::kWidth>(w.param) && aligned<Work::kWidth>(w.grad);
   for (int i = 0; i < Work::Rule::states; ++i) {
-    w.state[i] = s.state[i];
+    w.state[i] = static_cast<float*>(s.state[i]);
     w.packed = w.packed && aligned<Work::kWidth>(w.state[i]);
   }
   return w;
@@ -75,6 +76,7 @@ void run(const Span* const* spans, std::size_t count, const Scaling& scaling, vo
 struct Entry {
   const char* name;
   int states;
+  int non_negative;
   decltype(&run<Sgd, float, float>)
       run[3][3];  // [parameter's DType][gradient's DType]; null where not offered
 };
@@ -83,6 +85,7 @@ template <class Rule>
 constexpr Entry entry() {
   return {Rule::name,
           Rule::states,
+          non_negative<Rule>,
           {{run<Rule, float, float>, nullptr, nullptr},
            {run<Rule, BFloat16, float>, run<Rule, BFloat16, BFloat16>, nullptr},
            {run<Rule, Float16, float>, nullptr, run<Rule, Float16, Float16>}}};
@@ -100,10 +103,11 @@ void check_span(const Span& s) {
   check_argument(p >= 0 && p < 3 && g >= 0 && g < 3 && rule.run[p][g] != nullptr, "rule ",
                  rule.name, " has no kernel for parameter type ", p, " with gradient type ", g);
   check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
-  bool present = s.param != nullptr && s.grad != nullptr;
-  for (int i = 0; i < rule.states; ++i) present = present && s.state[i] != nullptr;
-  check_argument(present || s.count == 0, "a span of ", s.count, " elements for rule ", rule.name,
-                 " has a null address");
+  check_kept(s, rule.name, rule.states, rule.non_negative);
+  check_argument(
+      s.state_type == StateType::kFloat32 && s.weights == Weights::kNearest,
+      "there is no kernel for state or weights that are kept in another way than float32 "
+      "and rounded to nearest");
 }
 
 int kernel_of(const Span& s) {

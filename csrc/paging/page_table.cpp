@@ -17,6 +17,8 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 // Far above any memory, far below where sums of sizes could overflow.
 constexpr std::int64_t kMaxBytes = std::numeric_limits<std::int64_t>::max() / 16;
 
+constexpr std::int64_t kMaxValueBytes = 4096;
+
 // Every distance at which streams were found to contend is a multiple of this.
 constexpr std::int64_t kContention = 65536;
 
@@ -24,13 +26,13 @@ constexpr std::int64_t kContention = 65536;
 
 void fill_elements(std::byte* to, std::int64_t count, const Stream& stream) {
   if (count == 0) return;
-  const std::int64_t bytes = count * stream.element_bytes;
-  for (std::int64_t i = 0; i < stream.element_bytes; ++i) {
+  const std::int64_t bytes = stream.bytes(count);
+  const std::int64_t pattern = std::min<std::int64_t>(stream.value_bytes, 4);
+  for (std::int64_t i = 0; i < pattern; ++i) {
     to[i] = static_cast<std::byte>(stream.fill >> (8 * i));
   }
   // The filled part doubles until it is the whole.
-  for (std::int64_t done = stream.element_bytes; done < bytes;
-       done += std::min(done, bytes - done)) {
+  for (std::int64_t done = pattern; done < bytes; done += std::min(done, bytes - done)) {
     std::memcpy(to + done, to, static_cast<std::size_t>(std::min(done, bytes - done)));
   }
 }
@@ -44,19 +46,24 @@ PageTable::PageTable(std::vector<Stream> streams, std::int64_t page_bytes, std::
   check_argument(alignment > 0 && (alignment & (alignment - 1)) == 0 && alignment <= (1 << 30),
                  "the record alignment must be a power of two up to 2^30: ", alignment);
   for (const Stream& s : streams_) {
-    check_argument(s.element_bytes == 1 || s.element_bytes == 2 || s.element_bytes == 4,
-                   "a stream has 1, 2 or 4 bytes an element, not ", s.element_bytes);
-    prefix_.push_back(prefix_.back() + s.element_bytes);
+    check_argument(s.run == 1 || s.run == kPageElements, "a stream has a value for 1 or ",
+                   kPageElements, " elements, not for ", s.run);
+    const bool whole =
+        s.value_bytes > 0 && s.value_bytes <= kMaxValueBytes && s.value_bytes % 4 == 0;
+    check_argument(
+        s.value_bytes == 1 || s.value_bytes == 2 || s.value_bytes == 4 || (s.run > 1 && whole),
+        "a stream has 1, 2 or 4 bytes a value, or a multiple of 4 for a run's, not ",
+        s.value_bytes);
+    prefix_.push_back(prefix_.back() + s.bytes(kPageElements));
   }
-  if (element_bytes() > 0) {
-    const std::int64_t runs = page_bytes / element_bytes() / kPageElements;
-    page_elements_ = std::max<std::int64_t>(runs, 1) * kPageElements;
+  if (!streams_.empty()) {
+    page_elements_ = std::max<std::int64_t>(page_bytes / prefix_.back(), 1) * kPageElements;
   }
 }
 
 int PageTable::add_group(std::int64_t elements) {
   check_argument(elements >= 0, "a group's number of elements must not be negative: ", elements);
-  const std::int64_t width = std::max<std::int64_t>(element_bytes(), 1);
+  const std::int64_t width = prefix_.back() / kPageElements + 1;
   check_argument(elements <= kMaxBytes / width / 2 && end_offset_ <= kMaxBytes, "a group of ",
                  elements, " elements of ", width, " bytes is too large");
   const std::int64_t step =
@@ -127,13 +134,29 @@ std::int64_t PageTable::page_of(int group, std::int64_t element) const {
   return first_page_[group] + (page_elements_ > 0 ? element / page_elements_ : 0);
 }
 
+std::vector<std::int64_t> PageTable::parts(int group, std::int64_t begin,
+                                           std::int64_t count) const {
+  std::vector<std::int64_t> counts;
+  for (const std::int64_t end = begin + count; begin < end; begin += counts.back()) {
+    const Page& there = page(page_of(group, begin));
+    counts.push_back(std::min(there.begin + there.count, end) - begin);
+  }
+  return counts;
+}
+
 std::int64_t PageTable::stream_offset(const Page& page, int stream) const {
   check_stream(stream);
-  return page.extent * prefix_[stream];
+  return page.extent / kPageElements * prefix_[stream];
 }
 
 std::int64_t PageTable::record_bytes(const Page& page) const {
-  return round_up(page.extent * element_bytes(), alignment_);
+  return round_up(page.extent / kPageElements * prefix_.back(), alignment_);
+}
+
+std::int64_t PageTable::bytes_of(std::int64_t elements) const {
+  std::int64_t bytes = 0;
+  for (const Stream& s : streams_) bytes += s.bytes(elements);
+  return bytes;
 }
 
 std::int64_t PageTable::max_record_bytes() const { return max_record_bytes_; }
@@ -149,7 +172,7 @@ std::int64_t PageTable::group_bytes(int group) const {
 std::int64_t PageTable::stream_bytes(int group, int stream) const {
   check_group(group);
   const std::int64_t extent = round_up(elements_[group], kPageElements);
-  const std::int64_t bytes = round_up(extent * streams_[stream].element_bytes, alignment_);
+  const std::int64_t bytes = round_up(streams_[stream].bytes(extent), alignment_);
   // A step walks through all streams at once. At a distance of a large power of two they contend
   // for the same places in the caches; one record's alignment more, and they do not.
   return bytes > 0 && bytes % kContention == 0 ? bytes + alignment_ : bytes;

@@ -12,14 +12,20 @@ namespace hift {
 inline constexpr int kMaxStreams = 8;
 inline constexpr std::int64_t kPageElements = 256;  // page boundaries are multiples of this
 
-/// One stream of a page: so many bytes an element (1, 2 or 4), and the element's value where no
-/// step has been (its first `element_bytes` bytes, little-endian).
+/// One stream of a page: so many bytes a value (1, 2 or 4; any multiple of 4 for a run's), how many
+/// elements share a value (1, or a run of kPageElements), and four bytes, little-endian, that a
+/// value is made of where no step has been: its first ones, or those again and again.
 struct Stream {
-  std::int64_t element_bytes = 4;
+  std::int64_t value_bytes = 4;
   std::uint32_t fill = 0;
+  std::int64_t run = 1;
+
+  /// Values, and bytes, of `elements` elements that begin at a multiple of `run`.
+  std::int64_t values(std::int64_t elements) const { return (elements + run - 1) / run; }
+  std::int64_t bytes(std::int64_t elements) const { return values(elements) * value_bytes; }
 };
 
-/// Writes the stream's fill value into `count` elements from `to` on, which may be unaligned.
+/// Writes the stream's fill value for `count` elements from `to` on, which may be unaligned.
 void fill_elements(std::byte* to, std::int64_t count, const Stream& stream);
 
 /// Elements [begin, begin + count) of a group. Its record holds the streams back to back, each
@@ -56,8 +62,10 @@ class PageTable {
   const Page& page(std::int64_t index) const;
   void touch(std::int64_t index);
   void forget(std::int64_t index);  // back to untouched; flush the pager first
-  std::int64_t page_of(int group, std::int64_t element) const;     // index of the element's page
-  std::int64_t element_bytes() const { return prefix_.back(); }    // all streams together
+  std::int64_t page_of(int group, std::int64_t element) const;  // index of the element's page
+  /// How many of `count` elements lie in each page, in order.
+  std::vector<std::int64_t> parts(int group, std::int64_t begin, std::int64_t count) const;
+  std::int64_t bytes_of(std::int64_t elements) const;              // all streams together
   std::int64_t stream_offset(const Page& page, int stream) const;  // inside the record, bytes
   std::int64_t record_bytes(const Page& page) const;  // as moved, a multiple of the alignment
   std::int64_t max_record_bytes() const;              // what a slot must hold for the groups so far
@@ -75,7 +83,8 @@ class PageTable {
   void check_stream(int stream) const;
 
   std::vector<Stream> streams_;
-  std::vector<std::int64_t> prefix_;  // bytes an element of the streams before; the last is all
+  std::vector<std::int64_t> prefix_;  // bytes of kPageElements elements in the streams before;
+                                      // the last is all
   std::int64_t page_elements_;        // 0: a page holds a whole group
   std::int64_t alignment_;
   std::vector<std::int64_t> first_page_;

@@ -15,7 +15,7 @@ Pager::Pager(PageTable& table, Store& store, Mover* mover, int slots)
   check_argument(slots >= 0, "the number of slots must not be negative: ", slots);
   check_argument(slots == 0 || mover != nullptr, slots, " slots need a mover");
   // Pages without streams have nothing to bring anywhere.
-  if (table.element_bytes() > 0) slots_.resize(static_cast<std::size_t>(slots));
+  if (!table.streams().empty()) slots_.resize(static_cast<std::size_t>(slots));
 }
 
 void Pager::prefetch(int group) {
@@ -131,12 +131,14 @@ void Pager::for_parts(const char* what, int group, int stream, std::int64_t begi
                  "'s ", elements);
   check_order(held_.empty(), "a ", what, " of elements cannot come between acquire and release; ",
               held_.size(), " pages are held");
-  const std::int64_t width = table_.streams()[stream].element_bytes;
+  const Stream& values = table_.streams()[stream];
+  check_argument(begin % values.run == 0, "element ", begin, " does not begin a run of ",
+                 values.run);
   for (std::int64_t at = begin; at < begin + count;) {
     const Page& page = table_.page(table_.page_of(group, at));
     const std::int64_t n = std::min(page.begin + page.count, begin + count) - at;
-    visit(Part{page, stream, table_.stream_offset(page, stream) + (at - page.begin) * width,
-               n * width, n, (at - begin) * width});
+    visit(Part{page, stream, table_.stream_offset(page, stream) + values.bytes(at - page.begin),
+               values.bytes(n), n, values.bytes(at - begin)});
     at += n;
   }
 }

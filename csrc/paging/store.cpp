@@ -87,21 +87,20 @@ RamStore::Place RamStore::place(int group) const {
 }
 
 std::byte* RamStore::address(const PageTable& table, const Page& page, int stream) {
-  return stream_address(table, page.group, stream) +
-         page.begin * table.streams()[stream].element_bytes;
+  return stream_address(table, page.group, stream) + table.streams()[stream].bytes(page.begin);
 }
 
 void RamStore::read(const PageTable& table, const Page& page, std::byte* record) {
   for (int s = 0; s < static_cast<int>(table.streams().size()); ++s) {
     std::memcpy(record + table.stream_offset(page, s), address(table, page, s),
-                static_cast<std::size_t>(page.extent * table.streams()[s].element_bytes));
+                static_cast<std::size_t>(table.streams()[s].bytes(page.extent)));
   }
 }
 
 void RamStore::write(const PageTable& table, const Page& page, const std::byte* record) {
   for (int s = 0; s < static_cast<int>(table.streams().size()); ++s) {
     std::memcpy(address(table, page, s), record + table.stream_offset(page, s),
-                static_cast<std::size_t>(page.extent * table.streams()[s].element_bytes));
+                static_cast<std::size_t>(table.streams()[s].bytes(page.extent)));
   }
 }
 

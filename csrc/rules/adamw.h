@@ -42,6 +42,7 @@ template <bool kDecoupled>
 struct AdamRule {
   static constexpr const char* name = kDecoupled ? "adamw" : "adam";
   static constexpr int states = 2;
+  static constexpr int non_negative = 0b10;
   using Hyper = AdamHyper;
   HIFT_FN static void update(float& p, float g, float& exp_avg, float& exp_avg_sq, const Hyper& h) {
     adam_apply(p, exp_avg, adam_moments<kDecoupled>(p, g, exp_avg, exp_avg_sq, h), h);
@@ -52,6 +53,7 @@ template <bool kDecoupled>
 struct AmsgradRule {
   static constexpr const char* name = kDecoupled ? "adamw_amsgrad" : "adam_amsgrad";
   static constexpr int states = 3;
+  static constexpr int non_negative = 0b110;
   using Hyper = AdamHyper;
   HIFT_FN static void update(float& p, float g, float& exp_avg, float& exp_avg_sq,
                              float& max_exp_avg_sq, const Hyper& h) {

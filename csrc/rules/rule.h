@@ -19,6 +19,20 @@
 
 namespace hift::HIFT_NS {
 
+/// The states that a rule says are never below zero, a bit each: their 8-bit codes need no sign. -1
+/// for a rule that does not say: its state is not kept in codes.
+template <class Rule, class = void>
+inline constexpr int non_negative = -1;
+template <class Rule>
+inline constexpr int non_negative<Rule, decltype(void(Rule::non_negative))> = Rule::non_negative;
+
+template <class Rule>
+inline constexpr bool codes = non_negative<Rule> >= 0;
+template <class Rule>
+constexpr bool signed_state(int state) {
+  return (non_negative<Rule> >> state & 1) == 0;
+}
+
 /// torch.lerp's formula: from the nearer end, so that weight 0 and 1 give the ends exactly.
 HIFT_FN float lerp(float start, float end, float weight) {
   const bool near_start = weight < 0.5f;

@@ -22,6 +22,7 @@ struct Sgd {
 struct Momentum {
   static constexpr const char* name = "momentum";
   static constexpr int states = 1;
+  static constexpr int non_negative = 0;
   struct Hyper {
     float weight_decay;
     float rate;

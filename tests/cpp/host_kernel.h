@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands in for csrc/cuda/runtime.h and for CUDA's built-ins, so that csrc/cuda/step.cu compiles as
-// plain C++ and a launch runs every thread of every block in turn. Include it before step.cu.
+// plain C++ and a launch runs every warp of every block in turn. Include it before step.cu.
 #pragma once
 
 #define HIFT_HOST_KERNEL
@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "host_warp.h"
 
 struct HostIndex {
   unsigned x;
@@ -37,10 +39,9 @@ void launch(void (*kernel)(Argument), std::int64_t blocks, int threads, void* st
   launches.push_back({blocks, sizeof argument, stream});
   for (std::int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
-    for (int thread = 0; thread < threads; ++thread) {
-      threadIdx.x = static_cast<unsigned>(thread);
-      kernel(argument);
-    }
+    hift_warp::run_block(
+        threads, [](int thread) { threadIdx.x = static_cast<unsigned>(thread); },
+        [&] { kernel(argument); });
   }
 }
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds all C++ tests with ThreadSanitizer, then with Address- and UndefinedBehaviorSanitizer, in a
-# temporary folder, and runs them. Fails on the first report. Arguments are passed on to ctest.
+# Builds all C++ tests, and the CUDA sources on the simulated runtime, in a temporary folder and runs
+# them: with ThreadSanitizer and, beside it, with Address- and UndefinedBehaviorSanitizer. Fails on
+# any report. Arguments are passed on to ctest.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 build=$(mktemp -d "${TMPDIR:-/tmp}/hift-sanitizers-XXXXXX")
-trap 'rm -rf "$build"' EXIT
-jobs=$(nproc)
+jobs=$((($(nproc) + 1) / 2)) # of each sanitizer
 
 # A sanitizer's report must end the program, in forked children too.
 export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ${TSAN_OPTIONS:-}"
@@ -18,28 +18,27 @@ export UBSAN_OPTIONS="halt_on_error=1 print_stacktrace=1 ${UBSAN_OPTIONS:-}"
 fixed=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then fixed=(setarch "$(uname -m)" -R); fi
 
-for sanitizer in thread address; do
-  echo "== $sanitizer"
-  cmake -S "$here" -B "$build/$sanitizer" -G Ninja -DSANITIZE="$sanitizer" >/dev/null
-  cmake --build "$build/$sanitizer" -j "$jobs" -- --quiet
-  "${fixed[@]}" ctest --test-dir "$build/$sanitizer" -j "$jobs" --output-on-failure "$@"
-done
-
-# The CUDA sources on the simulated runtime: with ThreadSanitizer each stream is a thread of its own,
-# so that a missing wait is reported even where the result was right.
 if [ -z "${CUDA_HEADERS:-}" ]; then
   nvcc=$(command -v nvcc || true)
   for home in "${CUDA_HOME:-}" ${nvcc:+"$(dirname "$(dirname "$(readlink -f "$nvcc")")")"} /usr/local/cuda; do
     if [ -f "$home/include/cuda_runtime.h" ]; then CUDA_HEADERS=$home/include; fi
   done
 fi
-if [ -z "${CUDA_HEADERS:-}" ]; then
-  echo "== no headers of CUDA's runtime: the simulated runtime is left out (set CUDA_HEADERS)"
-  exit 0
-fi
-for sanitizer in thread address; do
+
+cpp_tests() {
+  local sanitizer=$1 folder=$build/$1
+  shift
+  echo "== $sanitizer"
+  cmake -S "$here" -B "$folder" -G Ninja -DSANITIZE="$sanitizer" >/dev/null
+  cmake --build "$folder" -j "$jobs" -- --quiet
+  "${fixed[@]}" ctest --test-dir "$folder" -j "$jobs" --output-on-failure "$@"
+}
+
+# With ThreadSanitizer each stream is a thread of its own, so that a missing wait is reported even
+# where the result was right.
+cuda_sim() {
+  local sanitizer=$1 folder=$build/cuda-$1
   echo "== $sanitizer, simulated CUDA runtime"
-  folder=$build/cuda-$sanitizer
   cmake -S "$here/../cuda_sim" -B "$folder" -G Ninja -DSANITIZE="$sanitizer" \
     -DCUDA_HEADERS="$CUDA_HEADERS" >/dev/null
   cmake --build "$folder" -j "$jobs" -- --quiet
@@ -49,4 +48,28 @@ for sanitizer in thread address; do
     "$folder/test_sim"
     "$folder/test_faults" 101
   fi
-done
+}
+
+all_of() {
+  cpp_tests "$@"
+  if [ -n "${CUDA_HEADERS:-}" ]; then
+    cuda_sim "$1"
+  else
+    echo "== $1: no headers of CUDA's runtime: the simulated one is left out (set CUDA_HEADERS)"
+  fi
+}
+
+# One sanitizer's output at a time: the other's is kept until its end. `set -e` has no effect in a
+# function whose status is tested, so each runs in a shell of its own, and `wait` asks how it ended.
+set -m # process groups: what ends this script ends what it started
+all_of thread "$@" >"$build/thread.log" 2>&1 &
+thread=$!
+trap 'kill -- -"$thread" 2>/dev/null || true; rm -rf "$build"' EXIT
+(all_of address "$@") &
+address=$!
+trap 'kill -- -"$thread" -"$address" 2>/dev/null || true; rm -rf "$build"' EXIT
+failed=0
+wait "$address" || failed=$?
+wait "$thread" || failed=$?
+cat "$build/thread.log"
+exit "$failed"

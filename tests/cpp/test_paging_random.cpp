@@ -30,14 +30,13 @@ class Model {
   explicit Model(const PageTable& table) : table_(table) {
     for (int g = 0; g < table.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        bytes_.emplace_back(table.elements(g) * kStreams[s].element_bytes);
+        bytes_.emplace_back(table.elements(g) * kStreams[s].value_bytes);
         fill_elements(bytes_.back().data(), table.elements(g), kStreams[s]);
       }
     }
   }
   std::byte* at(int group, int stream, std::int64_t element) {
-    return bytes_[group * kStreams.size() + stream].data() +
-           element * kStreams[stream].element_bytes;
+    return bytes_[group * kStreams.size() + stream].data() + element * kStreams[stream].value_bytes;
   }
   bool is(const Page& page, const PageView& view) {
     for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
@@ -59,7 +58,7 @@ class Model {
 
  private:
   std::size_t size(const Page& page, int stream) const {
-    return static_cast<std::size_t>(page.count * kStreams[stream].element_bytes);
+    return static_cast<std::size_t>(page.count * kStreams[stream].value_bytes);
   }
   const PageTable& table_;
   std::vector<std::vector<std::byte>> bytes_;
@@ -135,7 +134,7 @@ class Training {
     std::vector<std::byte> all;
     for (int g = 0; g < table_.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        const auto bytes = table_.elements(g) * kStreams[s].element_bytes;
+        const auto bytes = table_.elements(g) * kStreams[s].value_bytes;
         all.resize(all.size() + bytes);
         pager_->read(g, s, 0, table_.elements(g), all.data() + all.size() - bytes);
       }
@@ -193,7 +192,7 @@ class Training {
     const int stream = static_cast<int>(random_() % kStreams.size());
     const std::int64_t n = table_.elements(group);
     const std::int64_t begin = random_() % n, count = random_() % (n - begin) + 1;
-    const std::int64_t width = kStreams[stream].element_bytes;
+    const std::int64_t width = kStreams[stream].value_bytes;
     std::vector<std::byte> bytes(count * width);
     switch (random_() % 6) {
       case 0:
@@ -239,7 +238,7 @@ class Training {
     const std::byte* at = all.data();
     for (int g = 0; g < table_.groups(); ++g) {
       for (int s = 0; s < static_cast<int>(kStreams.size()); ++s) {
-        const auto bytes = table_.elements(g) * kStreams[s].element_bytes;
+        const auto bytes = table_.elements(g) * kStreams[s].value_bytes;
         CHECK(std::memcmp(at, model_->at(g, s, 0), bytes) == 0, "group ", g, " stream ", s);
         at += bytes;
       }
@@ -328,7 +327,7 @@ TEST(every_store_gives_the_same_bytes) {
     std::vector<std::byte> all;
     for (int g = 0; g < 3; ++g) {
       for (int s = 0; s < 4; ++s) {
-        std::vector<std::byte> got(table.elements(g) * kStreams[s].element_bytes);
+        std::vector<std::byte> got(table.elements(g) * kStreams[s].value_bytes);
         pager.read(g, s, 0, table.elements(g), got.data());
         all.insert(all.end(), got.begin(), got.end());
       }

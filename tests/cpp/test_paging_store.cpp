@@ -92,7 +92,7 @@ TEST(records_and_streams_hold_the_same) {
   Slab record(table.max_record_bytes()), back(table.max_record_bytes());
   for (std::int64_t p = 0; p < table.pages(); ++p) {
     const Page& page = table.page(p);
-    const auto bytes = static_cast<std::size_t>(page.extent * table.element_bytes());
+    const auto bytes = static_cast<std::size_t>(table.bytes_of(page.extent));
     for (std::size_t i = 0; i < bytes; ++i) record.data()[i] = static_cast<std::byte>(i * 7 + p);
     store.write(table, page, record.data());
     store.read(table, page, back.data());
@@ -100,7 +100,7 @@ TEST(records_and_streams_hold_the_same) {
   }
   for (int g : {0, 2}) {
     for (int s = 0; s < 3; ++s) {
-      const std::int64_t width = table.streams()[s].element_bytes;
+      const std::int64_t width = table.streams()[s].value_bytes;
       std::byte* stream = store.stream_address(table, g, s);
       CHECK(reinterpret_cast<std::uintptr_t>(stream) % 4096 == 0);
       for (std::int64_t e = 0; e < table.elements(g) * width; ++e) {

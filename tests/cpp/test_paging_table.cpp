@@ -21,8 +21,13 @@ TEST(pages_cover_a_group) {
   std::mt19937 random(1);
   for (int round = 0; round < 300; ++round) {
     std::vector<Stream> streams(1 + random() % 4);
-    std::int64_t width = 0;
-    for (Stream& s : streams) width += s.element_bytes = std::int64_t{1} << random() % 3;
+    std::int64_t width = 0;  // bytes of a run of elements
+    for (Stream& s : streams) {
+      s.value_bytes = std::int64_t{1} << random() % 3;
+      if (random() % 3 == 0) s.run = kPageElements;
+      if (s.run > 1 && random() % 2 == 0) s.value_bytes = 256;
+      width += s.bytes(kPageElements);
+    }
     const std::int64_t page_bytes = 1 + random() % 20000;
     const std::int64_t alignment = std::int64_t{1} << random() % 13;
     PageTable table(streams, page_bytes, alignment);
@@ -37,13 +42,13 @@ TEST(pages_cover_a_group) {
         CHECK(page.index == index && page.group == g && page.begin == begin && page.count > 0);
         CHECK(page.begin % kPageElements == 0 &&
               page.extent == round_up(page.count, kPageElements));
-        CHECK(page.extent * width <= std::max(page_bytes, kPageElements * width));
+        CHECK(page.extent / kPageElements * width <= std::max(page_bytes, width));
         CHECK(page.offset == offset && offset % alignment == 0 && !page.touched);
-        CHECK(table.record_bytes(page) == round_up(page.extent * width, alignment));
+        CHECK(table.record_bytes(page) == round_up(page.extent / kPageElements * width, alignment));
         std::int64_t inside = 0;
         for (int s = 0; s < static_cast<int>(streams.size()); ++s) {
           CHECK(table.stream_offset(page, s) == inside);
-          inside += page.extent * streams[s].element_bytes;
+          inside += streams[s].bytes(page.extent);
         }
         CHECK(table.page_of(g, begin) == index &&
               table.page_of(g, begin + page.count - 1) == index);
@@ -54,7 +59,7 @@ TEST(pages_cover_a_group) {
       CHECK(begin == elements, begin, " of ", elements);
       for (int s = 0; s < static_cast<int>(streams.size()); ++s) {
         CHECK(table.group_stream_offset(g, s) == stream_major);
-        stream_major += round_up(round_up(elements, 256) * streams[s].element_bytes, alignment);
+        stream_major += round_up(streams[s].bytes(round_up(elements, 256)), alignment);
         // Not at a multiple of 64 KiB from the one before.
         if (elements > 0 && stream_major % 65536 == table.group_stream_offset(g, s) % 65536) {
           stream_major += alignment;
@@ -84,7 +89,7 @@ TEST(no_streams_no_bytes) {
   CHECK(table.end_page(0) == 1 && table.end_page(1) == 1 && table.first_page(1) == 1);
   CHECK(table.page(0).count == std::int64_t{1} << 40 && table.page_of(0, 12345678901) == 0);
   CHECK(table.record_bytes(table.page(0)) == 0 && table.max_record_bytes() == 0);
-  CHECK(table.group_bytes(0) == 0 && table.element_bytes() == 0);
+  CHECK(table.group_bytes(0) == 0 && table.bytes_of(256) == 0);
 }
 
 TEST(touch_and_forget) {

@@ -3,6 +3,7 @@
 // that knows the type of the kernel's argument, as nvcc does.
 #pragma once
 
+#include "host_warp.h"
 #include "sim.h"
 
 #define threadIdx (::hift_sim::thread_index())

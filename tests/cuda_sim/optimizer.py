@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hift_ext
-from hift_ext import backend, layout, ops
+from hift_ext import backend, engines, layout, ops
 
 DEVICE = torch.device("cuda", 1)
 sim = ctypes.CDLL(_hift_ext.__file__)
@@ -49,7 +49,7 @@ make_engine = backend.make_engine
 on_device = False
 
 
-def on(streams: Any, device: torch.device, **options: Any) -> ops.StateEngine:
+def on(streams: Any, device: torch.device, **options: Any) -> engines.StateEngine:
     assert device.type == "cpu"
     return make_engine(streams, DEVICE if on_device else device, **options)
 
@@ -80,6 +80,7 @@ def model() -> nn.Module:
 
 def train(trained: nn.Module, optimizer: Any, steps: int, scaled: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
+    norms: list[torch.Tensor] = []
     for step in range(steps):
         x = torch.randn(8, 16, generator=generator)
         trained(x).square().mean().backward()
@@ -87,6 +88,7 @@ def train(trained: nn.Module, optimizer: Any, steps: int, scaled: bool) -> list[
             optimizer.grad_scale = torch.tensor(0.5)
         optimizer.step()
         sim.sim_wait(ctypes.c_void_p(stream))  # torch's next forward is queued behind the step
+        norms.append(torch.zeros(()) if not scaled else optimizer.grad_norm.clone())
         optimizer.zero_grad()
         if step == steps // 2 and isinstance(optimizer, hift_ext.HiFTOptimizer):
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -96,7 +98,7 @@ def train(trained: nn.Module, optimizer: Any, steps: int, scaled: bool) -> list[
         for name, value in sorted(optimizer.state[p].items())
         if name != "step"
     ]
-    return [p.detach().clone() for p in trained.parameters()] + state
+    return [p.detach().clone() for p in trained.parameters()] + state + norms
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -111,7 +113,10 @@ def main() -> int:
             for scaled in (False, True):
                 on_device = False
                 cpu = model()
-                with ours(cpu, **settings, layers_per_group=m) as optimizer:
+                options: dict[str, Any] = {**settings, "layers_per_group": m}
+                if scaled:
+                    options["max_grad_norm"] = 0.05
+                with ours(cpu, **options) as optimizer:
                     expected = train(cpu, optimizer, 7, scaled)
                 if m == "all" and not scaled:
                     plain = model()
@@ -123,7 +128,7 @@ def main() -> int:
                     runs += 1
                     sim.sim_begin(runs)
                     cuda = model()
-                    with ours(cuda, **settings, **place, layers_per_group=m) as optimizer:
+                    with ours(cuda, **options, **place) as optimizer:
                         found = train(cuda, optimizer, 7, scaled)
                         stats = optimizer.stats()
                         moves = "device" not in place.values() and place.get("staging") != 0

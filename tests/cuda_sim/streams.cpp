@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <random>
 
+#include "host_warp.h"
+
 extern "C" {  // there when the program is linked with ThreadSanitizer
 void* __tsan_get_current_fiber() __attribute__((weak));
 void* __tsan_create_fiber(unsigned) __attribute__((weak));
@@ -310,10 +312,9 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
   s.grid = grid;
   for (unsigned b = 0; b < grid.x; ++b) {
     s.block = {b, 0, 0};
-    for (unsigned t = 0; t < block.x; ++t) {
-      s.thread = {t, 0, 0};
-      thread();
-    }
+    hift_warp::run_block(
+        static_cast<int>(block.x), [&s](int t) { s.thread = {static_cast<unsigned>(t), 0, 0}; },
+        thread);
   }
 }
 
