@@ -183,7 +183,8 @@ def _check_tensor(
     optimizer: HiFTOptimizer, name: str, value: Any, p: torch.Tensor, numel: int
 ) -> None:
     """Refuses what cannot be copied into a parameter's pages."""
-    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and p.numel() == numel
+    there = local(p).numel()
+    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and there == numel
     if fits and value.layout is torch.strided and not (value.is_complex() or value.is_meta):
         return
     where = f"the loaded {name} of {optimizer._say(p)}"
@@ -191,9 +192,9 @@ def _check_tensor(
         raise TypeError(f"{where} is {say(value)}, not a tensor")
     if tuple(value.shape) != tuple(p.shape):
         raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-    if p.numel() != numel:
+    if there != numel:
         raise ValueError(
-            f"{where} fits the parameter's {p.numel()} elements, and pages were laid out for "
+            f"{where} fits the parameter's {there} elements, and pages were laid out for "
             f"{numel}: make a new optimizer"
         )
     raise TypeError(
@@ -264,7 +265,8 @@ def _checked_state(
                 f"the loaded state of {optimizer._say(p)} lacks {', '.join(absent)}; it has "
                 f"{', '.join(map(str, entry)) or 'nothing'}: was it saved by another optimizer?"
             )
-        known = optimizer.state.entries[p].numel if optimizer.state.engine else p.numel()
+        laid_out = optimizer.state.engine is not None
+        known = optimizer.state.entries[p].numel if laid_out else local(p).numel()
         for name, value in found.items():
             _check_tensor(optimizer, name, value, p, known)
         count = 1

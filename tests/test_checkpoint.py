@@ -286,6 +286,7 @@ def test_what_is_damaged_is_named_and_changes_nothing(damage, tmp_path) -> None:
     models.train(model, optimizer, models.batches(6))
     hift_ext.save(optimizer, tmp_path / "saved")
     models.train(model, optimizer, models.batches(3))
+    optimizer.param_groups[0]["lr"] = 0.25
     before = everything(optimizer)
     harm, message = DAMAGES[damage]
     harm(tmp_path / "saved")

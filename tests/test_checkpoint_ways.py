@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# save and load where numbers are kept in fewer bits: raw values come back to the bit, other ways are
-# converted as load_state_dict does, and what cannot be converted says so.
+# save and load where numbers are kept in fewer bits: raw values come back to the bit, other ways
+# are converted as load_state_dict does, and what cannot be converted says so.
 """hift_ext.save and hift_ext.load with `master` and `state_dtype`."""
 
 from __future__ import annotations
