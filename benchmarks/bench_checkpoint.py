@@ -55,7 +55,7 @@ def plain_read(path: Path, data: memoryview) -> None:
 
 
 def plain_copy(source: Path, target: Path, data: memoryview) -> None:
-    """What saving from a page file amounts to: reads one file, writes another."""
+    """What saving from a page file, and loading to it, come to: reads a file, writes another."""
     incoming = os.open(source, os.O_RDONLY)
     outgoing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     while count := os.readv(incoming, [data]):
@@ -97,7 +97,8 @@ def measure(folder: Path, parameters: int, rounds: int) -> list[dict[str, Any]]:
     for store, optimizer in stores.items():
         path, against = folder / store, "plain write" if store == "ram" else "plain copy"
         runs[f"save from {store}"] = (against, lambda o=optimizer, p=path: hift_ext.save(o, p))
-        runs[f"load to {store}"] = ("plain read", lambda o=optimizer, p=path: hift_ext.load(o, p))
+        against = "plain read" if store == "ram" else "plain copy"
+        runs[f"load to {store}"] = (against, lambda o=optimizer, p=path: hift_ext.load(o, p))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0)
     for number in range(rounds):

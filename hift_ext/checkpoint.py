@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,12 +275,15 @@ def _replace(
 ) -> None:
     state = optimizer.state
     interchange.adopt_settings(optimizer, groups)
-    for entry in (entry for group in optimizer._entries for entry in group):
-        param = found.get(entry.param)
-        known = state.engine is not None and (entry.visits > 0 or entry.param in state)
-        if known or (param is not None and _has_values(param)):
-            _load_entry(optimizer._engine(), entry, param, shards)
-        entry.visits = 0 if param is None else param.visits
+    with ThreadPoolExecutor(1) as summer:
+        for entry in (entry for group in optimizer._entries for entry in group):
+            param = found.get(entry.param)
+            known = state.engine is not None and (entry.visits > 0 or entry.param in state)
+            if known or (param is not None and _has_values(param)):
+                engine = optimizer._engine()
+                own = wanted_streams(engine.stored, entry.streams)
+                _load_entry(engine, entry, Source(entry, param, own, shards, summer))
+            entry.visits = 0 if param is None else param.visits
     if any(entry.visits for group in optimizer._entries for entry in group):
         optimizer._engine()
 
@@ -288,14 +292,8 @@ def _has_values(param: SavedParam) -> bool:
     return any(stream.shard is not None for stream in param.streams)
 
 
-def _load_entry(
-    engine: StateEngine,
-    entry: Entry,
-    param: SavedParam | None,
-    shards: Mapping[str, ShardReader],
-) -> None:
+def _load_entry(engine: StateEngine, entry: Entry, source: Source) -> None:
     """Fills a parameter's state, a piece at a time."""
-    source = Source(entry, param, wanted_streams(engine.stored, entry.streams), shards)
     step = max(entry.numel, 1) if source.whole else _LOAD_STEP
     parts = [entry.numel] if source.blocks else engine.parts(entry.group, entry.item)
     for begin, count in _walk(parts, step):

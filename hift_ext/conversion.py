@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 
 import torch
 
@@ -77,6 +78,7 @@ class Source:
         param: What was saved; None: the state that `entry` starts from.
         wanted: The streams that `entry` has.
         shards: The open shards by name.
+        summer: One thread, for checksums: a stream's pieces stay in order.
     """
 
     def __init__(
@@ -85,13 +87,18 @@ class Source:
         param: SavedParam | None,
         wanted: Sequence[Wanted],
         shards: Mapping[str, ShardReader],
+        summer: Executor,
     ) -> None:
         self._entry, self._param, self._shards = entry, param, shards
         self._wanted = wanted
         self._number = {stored.name: number for number, stored in wanted}
         self._saved = {} if param is None else {s.name: s for s in param.streams}
         self._sums: dict[str, int] = {}
-        self._buffers: dict[bool, torch.Tensor] = {}
+        self._summer = summer
+        # Two for scales and two for others, in turns, each with the sum that still reads it.
+        self._buffers: dict[tuple[bool, int], torch.Tensor] = {}
+        self._busy: dict[tuple[bool, int], Future[None]] = {}
+        self._turns = {False: 0, True: 0}
         self._weights: torch.Tensor | None = None
         # Where strides differ, a piece is the whole parameter.
         self.whole = param is not None and param.strides != entry.strides
@@ -113,6 +120,8 @@ class Source:
         Raises:
             CheckpointError: The file has changed since it was verified.
         """
+        for busy in self._busy.values():
+            busy.result()
         for name, found in self._sums.items():
             stream = self._saved[name]
             assert stream.shard is not None
@@ -120,19 +129,26 @@ class Source:
             self._shards[stream.shard].check(self._param.key(stream), found, stream.crc32)
 
     def _read(self, stream: SavedStream, begin: int, count: int) -> torch.Tensor:
-        """Saved values in a buffer, one for scales and one for others, in the order saved."""
+        """Saved values, in the order saved, in a buffer that is good until the next but one."""
         assert self._param is not None
         apart, size = stream.name.endswith(".scale"), stream.nbytes(count)
-        buffer = self._buffers.get(apart)
+        self._turns[apart] ^= 1
+        place = apart, self._turns[apart]
+        if place in self._busy:
+            self._busy.pop(place).result()
+        buffer = self._buffers.get(place)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[apart] = torch.empty(size, dtype=torch.uint8, device="cpu")
+            buffer = self._buffers[place] = torch.empty(size, dtype=torch.uint8, device="cpu")
         value = buffer[:size].view(stream.dtype)
         if stream.shard is None:
             return value.fill_(stream.fill)
         data = bytes_of(value)
         self._shards[stream.shard].read(self._param.key(stream), stream.nbytes(begin), data)
-        self._sums[stream.name] = zlib.crc32(data, self._sums.get(stream.name, 0))
+        self._busy[place] = self._summer.submit(self._sum, stream.name, data)
         return value
+
+    def _sum(self, name: str, data: memoryview) -> None:
+        self._sums[name] = zlib.crc32(data, self._sums.get(name, 0))
 
     def _ordered(self, value: torch.Tensor) -> torch.Tensor:
         if not self.whole or self._param is None:

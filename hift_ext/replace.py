@@ -84,7 +84,10 @@ def recover(target: Path) -> None:
         olds = [path for path in _leftovers(target) if path.name.endswith(_OLD)]
         if not olds:
             return
-        newest = max(olds, key=lambda path: path.stat().st_mtime)
+        try:
+            newest = max(olds, key=lambda path: path.stat().st_mtime)
+        except FileNotFoundError:  # its process has finished
+            continue
         work = newest.with_name(newest.name[: -len(_OLD)])
         handle = _lock(work)
         if handle is not None or not work.exists():
@@ -137,10 +140,13 @@ class Replacement:
         raise OSError(errno.EAGAIN, f"other processes keep removing {target}.tmp-*")
 
     def _own_lock(self) -> int | None:
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # someone's `sweep` was quicker
+            return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # someone's `sweep` was between our two calls
+        except BlockingIOError:  # a `sweep` has it, and will remove it
             os.close(handle)
             return None
         except OSError:  # a file system without locks: nobody can sweep there either

@@ -86,7 +86,7 @@ def test_paging(tmp_path: Path) -> None:
 
 
 def test_checkpoint(tmp_path: Path) -> None:
-    result = run("bench_checkpoint.py", tmp_path, mebibytes=32, rounds=1, folder=tmp_path)
+    result = run("bench_checkpoint.py", tmp_path, f"--folder={tmp_path}", mebibytes=32, rounds=1)
     rows = {row["name"]: row for row in result["rows"]}
     saves, loads = {"save from ram", "save from disk"}, {"load to ram", "load to disk"}
     assert rows.keys() == {"plain write", "plain read", "plain copy"} | saves | loads

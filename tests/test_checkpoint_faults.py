@@ -222,6 +222,22 @@ def test_work_of_the_living_is_left_alone(tmp_path) -> None:
     assert not living.folder.exists()
 
 
+def test_a_sweep_right_after_the_folder_was_made(tmp_path, monkeypatch) -> None:
+    """Another saver may take a folder that is not locked yet for a dead process's."""
+    real, swept = os.mkdir, []
+
+    def mkdir(path, *args) -> None:
+        real(path, *args)
+        if not swept:
+            replace.sweep(tmp_path / "saved")
+            swept.append(not os.path.exists(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    hift_ext.save(make(3), tmp_path / "saved")
+    assert swept == [True]
+    assert os.listdir(tmp_path) == ["saved"]
+
+
 def test_two_threads_save_to_one_place(tmp_path) -> None:
     optimizers = [make(3), make(5)]
     errors = []
