@@ -72,7 +72,7 @@ def die(_: str) -> None:
     time.sleep(60)
 
 
-def kill_at_every_call(folder: str) -> None:
+def kill_at_many_calls(folder: str) -> None:
     """Runs in a process of its own: children replace copies of a checkpoint and are killed."""
     make(1).close()  # what torch imports at the first optimizer, once for all children
     number = 0
@@ -96,17 +96,17 @@ def kill_at_every_call(folder: str) -> None:
             status = os.waitpid(child, 0)[1]
             assert status in (0, signal.SIGKILL), status
             survived = status == 0
-            number += 1
+            number += 1 if renames else 2  # an error of every call is tried below
 
 
 def visits(optimizer: hift_ext.HiFTOptimizer) -> list[int]:
     return [entry.visits for entry in optimizer.state.entries.values()]
 
 
-def test_killed_at_any_call_the_last_checkpoint_is_there(tmp_path) -> None:
+def test_killed_at_many_calls_the_last_checkpoint_is_there(tmp_path) -> None:
     old, new = make(4), make(7)
     hift_ext.save(old, tmp_path / "good")
-    code = f"import test_checkpoint_faults as t; t.kill_at_every_call({str(tmp_path)!r})"
+    code = f"import test_checkpoint_faults as t; t.kill_at_many_calls({str(tmp_path)!r})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
