@@ -263,12 +263,14 @@ void bind_engine(py::module_& m) {
              if (data == nullptr) return py::none();
              return py::cast(Bytes{std::move(owner), data, engine.streams()[stream].bytes(count)});
            })
+      .def("parts", &Engine::parts, py::call_guard<py::gil_scoped_release>())
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
       .def("flush", &Engine::flush, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("store_bytes", &Engine::store_bytes)
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
       .def_property_readonly("touched_bytes", &Engine::touched_bytes)
-      .def_property_readonly("description", &Engine::description);
+      .def_property_readonly("description", &Engine::description)
+      .def_property_readonly("folder", &Engine::folder);
 }
 
 }  // namespace

@@ -349,6 +349,12 @@ std::byte* Engine::address(int group, std::int64_t index, int stream,
   return ram_->stream_address(table_, group, stream) + streams()[stream].bytes(it.begin);
 }
 
+std::vector<std::int64_t> Engine::parts(int group, std::int64_t index) {
+  const auto lock = enter();
+  const Item& it = item(group, index, 0, 0);
+  return table_.parts(group, it.begin, it.count);
+}
+
 void Engine::prefetch(int group) {
   const auto lock = enter();
   check_argument(group >= 0 && group < table_.groups(), "group ", group, " is not one of ",
@@ -375,8 +381,6 @@ void Engine::flush() {
   if (pager_ != nullptr) pager_->flush();
 }
 
-std::int64_t Engine::store_bytes() const { return store_->bytes(); }
-
 std::int64_t Engine::staging_bytes() const {
   return pager_ == nullptr ? 0 : pager_->resident_bytes();
 }
@@ -390,7 +394,5 @@ std::int64_t Engine::touched_bytes() const {
   }
   return bytes;
 }
-
-std::string Engine::description() const { return store_->description(); }
 
 }  // namespace hift

@@ -96,13 +96,17 @@ class Engine {
   /// be by a first visit.
   std::byte* address(int group, std::int64_t item, int stream, std::shared_ptr<Slab>* owner);
 
+  /// Elements of the item in each page it lies in, in order.
+  std::vector<std::int64_t> parts(int group, std::int64_t item);
+
   void prefetch(int group);
   void flush();
 
-  std::int64_t store_bytes() const;    // reserved where pages rest
-  std::int64_t staging_bytes() const;  // ring in compute memory
-  std::int64_t touched_bytes() const;  // of pages that hold something
-  std::string description() const;     // the store's, with its fallbacks
+  std::int64_t store_bytes() const { return store_->bytes(); }       // reserved where pages rest
+  std::int64_t staging_bytes() const;                                // ring in compute memory
+  std::int64_t touched_bytes() const;                                // of pages that hold something
+  std::string description() const { return store_->description(); }  // with its fallbacks
+  std::string folder() const { return store_->folder(); }  // where its file is, "" without one
   const std::vector<Stream>& streams() const { return table_.streams(); }
 
  private:

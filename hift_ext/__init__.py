@@ -8,19 +8,24 @@ from hift_ext import integrations
 from hift_ext._version import __version__
 from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
+from hift_ext.checkpoint import load, save
 from hift_ext.layers import Group
 from hift_ext.optimizer import HiFTOptimizer
 from hift_ext.options import HiFTOptions
 from hift_ext.sgd import SGD
+from hift_ext.shards import CheckpointError
 
 __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
     "AdamW",
+    "CheckpointError",
     "Group",
     "HiFTOptimizer",
     "HiFTOptions",
     "__version__",
     "integrations",
+    "load",
+    "save",
 ]

@@ -14,17 +14,9 @@ import torch
 
 from hift_ext import ops
 from hift_ext.norm_engine import NormEngine
-from hift_ext.ops import (
-    Draw,
-    Hypers,
-    Kept,
-    Report,
-    Row,
-    Scalars,
-    Stored,
-    StreamSpec,
-)
+from hift_ext.ops import Draw, Hypers, Kept, Report, Row, Scalars, Stored, StreamSpec
 from hift_ext.precision import PLAIN
+from hift_ext.scratch import Scratch
 
 
 class StateEngine(Protocol):
@@ -71,8 +63,27 @@ class StateEngine(Protocol):
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
         """The stored values of an item's `count` elements, flat: a view or, from a file, a copy."""
 
+    def room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat CPU tensor for a copy of state, where it does not take the memory paging saved."""
+
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Writes all stored values of an item's stream: flat, contiguous, on the CPU."""
+
+    def parts(self, group: int, item: int) -> list[int]:
+        """Elements of an item that lie in each page; best read and loaded page by page."""
+
+    def read(
+        self, group: int, item: int, stream: int, begin: int, count: int, out: torch.Tensor
+    ) -> None:
+        """Copies the stored values of `count` elements, from the `begin`-th on, to a CPU tensor.
+
+        `begin` is a multiple of the stream's run.
+        """
+
+    def load(
+        self, group: int, item: int, stream: int, begin: int, count: int, value: torch.Tensor
+    ) -> None:
+        """Replaces what `read` would give; `value` is contiguous and on the CPU."""
 
     def sum_of_squares(
         self, rows: Sequence[Row], counts: Sequence[int], total: torch.Tensor
@@ -144,7 +155,8 @@ class PagedEngine(NormEngine):
             device=-1 if self._cuda is None else self._cuda.index,
             allocate=None if self._cuda is None else allocate,
         )
-        self._in_memory = store == "ram"
+        folder = self._engine.folder
+        self._scratch = Scratch(folder) if folder else None
 
     @property
     def store_bytes(self) -> int:
@@ -194,22 +206,50 @@ class PagedEngine(NormEngine):
         return Report(*self._engine.step(group, rows, hypers, *scalars, *place, *random))
 
     def tensor(self, group: int, item: int, stream: int, count: int) -> torch.Tensor:
-        """A view with a storage of its own for host memory, else a copy."""
+        """A view with a storage of its own for host memory, else a copy that can be paged out."""
         stored = self._stored[stream]
         if count == 0:
             return torch.empty(0, dtype=stored.dtype, device="cpu")
-        if self._in_memory:
+        if self._scratch is None:
             view = self._engine.view(group, item, stream, count)
             return torch.frombuffer(view, dtype=stored.dtype)
-        copy = torch.empty(stored.numel(count), dtype=stored.dtype, device="cpu")
+        copy = self.room(stored.numel(count), stored.dtype)
         self._engine.read(group, item, stream, 0, count, copy.data_ptr())
         return copy
+
+    def room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """In a mapped file beside the pages', where there is one."""
+        if self._scratch is None:
+            return torch.empty(count, dtype=dtype, device="cpu")
+        return self._scratch.take(count, dtype)
 
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Writes through the pages the item lies in."""
         count = self._counts[group][item]
         assert value.numel() == self._stored[stream].numel(count)
         self._engine.write(group, item, stream, 0, count, value.data_ptr())
+
+    def parts(self, group: int, item: int) -> list[int]:
+        """In host memory pages lie behind each other: one part."""
+        if self._scratch is None:
+            return [self._counts[group][item]]
+        return list(self._engine.parts(group, item))
+
+    def read(
+        self, group: int, item: int, stream: int, begin: int, count: int, out: torch.Tensor
+    ) -> None:
+        """Reads from the pages, wherever they are."""
+        assert out.is_contiguous()
+        assert out.numel() == self._stored[stream].numel(count)
+        self._engine.read(group, item, stream, begin, count, out.data_ptr())
+
+    def load(
+        self, group: int, item: int, stream: int, begin: int, count: int, value: torch.Tensor
+    ) -> None:
+        """Writes through the pages."""
+        assert value.is_contiguous()
+        assert value.numel() == self._stored[stream].numel(count)
+        self._engine.write(group, item, stream, begin, count, value.data_ptr())
 
     def prefetch(self, group: int) -> None:
         """Starts bringing `group` in."""
@@ -320,6 +360,32 @@ class ResidentEngine(NormEngine):
     def write(self, group: int, item: int, stream: int, value: torch.Tensor) -> None:
         """Copies `value` to the stream."""
         self._state(group, item)[stream].copy_(value)
+
+    def room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Ordinary memory."""
+        return torch.empty(count, dtype=dtype, device="cpu")
+
+    def parts(self, group: int, item: int) -> list[int]:
+        """There are no pages: one part."""
+        return [self._counts[group][item]]
+
+    def read(
+        self, group: int, item: int, stream: int, begin: int, count: int, out: torch.Tensor
+    ) -> None:
+        """Copies a slice; state that was never made is its fill value."""
+        state, stored = self._items[group][item], self._stored[stream]
+        if state is None:
+            out.fill_(stored.fill)
+        else:
+            first = stored.numel(begin)
+            out.copy_(state[stream][first : first + stored.numel(count)])
+
+    def load(
+        self, group: int, item: int, stream: int, begin: int, count: int, value: torch.Tensor
+    ) -> None:
+        """Copies into a slice."""
+        first = self._stored[stream].numel(begin)
+        self._state(group, item)[stream][first : first + value.numel()].copy_(value)
 
     def prefetch(self, group: int) -> None:
         """Nothing moves."""

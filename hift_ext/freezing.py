@@ -28,6 +28,7 @@ class Freezer:
     def __init__(self) -> None:
         self._frozen: dict[int, list[torch.Tensor]] = {}  # by group
         self._claimed: list[torch.Tensor] = []
+        self.lifted = False
 
     def claim(self, params: Iterable[torch.Tensor]) -> None:
         """Marks `params` as driven by this optimizer; all or nothing.
@@ -64,14 +65,19 @@ class Freezer:
             param.requires_grad = True
         self._frozen.pop(group, None)  # last: an interrupted thaw is repeated
 
+    def lift(self) -> None:
+        """Lets all have gradients until the optimizer freezes again, before the next forward."""
+        for group in list(self._frozen):
+            self.thaw(group)
+        self.lifted = True
+
     def frozen(self) -> set[int]:
         """The `id` of every parameter that is frozen by this optimizer now."""
         return {id(param) for params in self._frozen.values() for param in params}
 
     def close(self) -> None:
         """Undoes every freeze and gives the parameters back."""
-        for group in list(self._frozen):
-            self.thaw(group)
+        self.lift()
         for param in self._claimed:
             keeper = _keepers.get(param)
             if keeper is not None and keeper() is self:

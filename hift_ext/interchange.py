@@ -17,9 +17,11 @@ import torch
 from hift_ext.booking import Turnstile
 from hift_ext.freezing import FreezeHook, Freezer
 from hift_ext.layout import order_entries
+from hift_ext.notices import stacklevel
 from hift_ext.paged_state import PagedState
 from hift_ext.schedule import checked_schedule
 from hift_ext.settings import members
+from hift_ext.sharding import local
 from hift_ext.tree import say
 
 if TYPE_CHECKING:
@@ -41,27 +43,19 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
             state_dict = changed
 
     _check_shape(state_dict)
-    groups = _merged_groups(optimizer, state_dict["param_groups"])
+    groups = merged_groups(optimizer, state_dict["param_groups"])
     saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     members = [p for group in groups for p in group["params"]]
     param_of = dict(zip(saved_ids, members, strict=True))
     group_of = {p: group for group in groups for p in group["params"]}
     values, visits = _checked_state(optimizer, state_dict["state"], param_of, group_of)
-    saved_schedule = checked_schedule(groups[0].get("hift"))
+    schedule = checked_schedule(groups[0].get("hift"))
+    for p in _unvisited(schedule, members):
+        visits.pop(p, None)
 
     # Nothing has changed so far; from here on only the page file can fail.
     state = optimizer.state
-    state.settle()
-    for p, entry in state.entries.items():
-        entry.streams = optimizer.streams(group_of[p])
-    optimizer.param_groups[:] = groups
-    streams = max(len(entry.streams) for entry in state.entries.values())
-    if state.engine is not None and streams > optimizer._stream_count:
-        # Laid out for fewer streams, and all state is replaced anyway. Nothing else may hold the
-        # engine: a named file is free for the next one only when it is gone.
-        state.engine = None
-        for entry in state.entries.values():
-            entry.visits = 0
+    adopt_settings(optimizer, groups)
     if values or visits:
         optimizer._engine()
     for p, entry in state.entries.items():
@@ -79,17 +73,94 @@ def load(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> None:
             )
         entry.visits = visits.get(p, 0)
 
-    if saved_schedule is not None:
-        problem = optimizer._schedule.load(saved_schedule, len(optimizer._groups))
-        if problem is not None:
-            warnings.warn(f"{problem}: a new pass begins in its own order", stacklevel=4)
-    groups[0]["hift"] = optimizer._schedule.as_dict
-    if state.engine is not None:
-        state.engine.prefetch(optimizer.active)
-    if optimizer._model is None:
-        optimizer.freeze_inactive()
+    adopt_schedule(optimizer, schedule)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _unvisited(
+    schedule: Mapping[str, Any] | None, members: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Parameters whose state was made and had no visit, where nothing else tells."""
+    indices = [] if schedule is None else schedule["unvisited"]
+    wrong = [index for index in indices if not 0 <= index < len(members)]
+    if wrong:
+        raise ValueError(
+            f"the loaded param_groups[0]['hift'] names parameter {wrong[0]} of {len(members)}"
+        )
+    return [members[index] for index in indices]
+
+
+def with_schedule(optimizer: HiFTOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict with a schedule of its own, which loading into it may overwrite."""
+    if optimizer._model is None:
+        optimizer.freeze_inactive()  # torch's tools had it lifted: see PagedState.__bool__
+    group = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}
+    if "hift" in group:
+        group["hift"] = optimizer._schedule.exported(len(optimizer.param_groups))
+        if not optimizer.has_step:  # nothing else tells whose first visit is to come
+            members = (p for group in optimizer.param_groups for p in group["params"])
+            entries, state = optimizer.state.entries, optimizer.state
+            group["hift"]["unvisited"] = " ".join(
+                str(i) for i, p in enumerate(members) if p in state and not entries[p].visits
+            )
+    return state_dict
+
+
+def asks_for_state(optimizer: HiFTOptimizer) -> bool:
+    """Whether this `step()` is not one, but wants state to be made; then it is made.
+
+    `torch.distributed.checkpoint.state_dict` calls it so where there is no state: with every rate 0
+    and a gradient of zeros for every parameter. A step of a warm-up at rate 0 has gradients for the
+    active group only, and some that are not zero.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, torch.Tensor) and (rate.device.type != "cpu" or rate.numel() != 1):
+            return False
+        if rate != 0:
+            return False
+    if type(optimizer.state) is not PagedState or len(optimizer.state):
+        return False
+    for p in optimizer.state.entries:
+        grad = None if p.grad is None else local(p.grad)
+        if grad is None or grad.layout is not torch.strided or grad.count_nonzero():
+            return False
+    optimizer._engine()
+    optimizer.state.complete = True
+    return True
+
+
+def adopt_settings(optimizer: HiFTOptimizer, groups: list[dict[str, Any]]) -> None:
+    """Takes over param_groups whose state is about to replace all there is."""
+    state = optimizer.state
+    state.settle()
+    group_of = {p: group for group in groups for p in group["params"]}
+    for p, entry in state.entries.items():
+        entry.streams = optimizer.streams(group_of[p])
+    optimizer.param_groups[:] = groups
+    streams = max(len(entry.streams) for entry in state.entries.values())
+    if state.engine is not None and streams > optimizer._stream_count:
+        # Laid out for fewer streams, and all state is replaced anyway. Nothing else may hold the
+        # engine: a named file is free for the next one only when it is gone.
+        state.engine = None
+        for entry in state.entries.values():
+            entry.visits = 0
+
+
+def adopt_schedule(optimizer: HiFTOptimizer, saved: Mapping[str, Any] | None) -> None:
+    """Goes on where a schedule stands that `checked_schedule` gave, if there is one."""
+    if saved is not None:
+        problem = optimizer._schedule.load(saved, len(optimizer._groups))
+        if problem is not None:
+            text = f"{problem}: a new pass begins in its own order"
+            warnings.warn(text, stacklevel=stacklevel())
+    optimizer.param_groups[0]["hift"] = optimizer._schedule.as_dict
+    engine = optimizer.state.engine
+    if engine is not None:
+        engine.prefetch(optimizer.active)
+    if optimizer._model is None:
+        optimizer.freeze_inactive()
 
 
 def _check_shape(state_dict: Mapping[str, Any]) -> None:
@@ -112,7 +183,8 @@ def _check_tensor(
     optimizer: HiFTOptimizer, name: str, value: Any, p: torch.Tensor, numel: int
 ) -> None:
     """Refuses what cannot be copied into a parameter's pages."""
-    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and p.numel() == numel
+    there = local(p).numel()
+    fits = isinstance(value, torch.Tensor) and value.shape == p.shape and there == numel
     if fits and value.layout is torch.strided and not (value.is_complex() or value.is_meta):
         return
     where = f"the loaded {name} of {optimizer._say(p)}"
@@ -120,9 +192,9 @@ def _check_tensor(
         raise TypeError(f"{where} is {say(value)}, not a tensor")
     if tuple(value.shape) != tuple(p.shape):
         raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-    if p.numel() != numel:
+    if there != numel:
         raise ValueError(
-            f"{where} fits the parameter's {p.numel()} elements, and pages were laid out for "
+            f"{where} fits the parameter's {there} elements, and pages were laid out for "
             f"{numel}: make a new optimizer"
         )
     raise TypeError(
@@ -144,7 +216,7 @@ def _count(optimizer: HiFTOptimizer, p: torch.Tensor, value: Any) -> int:
     )
 
 
-def _merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged_groups(optimizer: HiFTOptimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved param_groups with this optimizer's parameters in them."""
     ours = optimizer.param_groups
     if len(ours) != len(saved):
@@ -193,7 +265,8 @@ def _checked_state(
                 f"the loaded state of {optimizer._say(p)} lacks {', '.join(absent)}; it has "
                 f"{', '.join(map(str, entry)) or 'nothing'}: was it saved by another optimizer?"
             )
-        known = optimizer.state.entries[p].numel if optimizer.state.engine else p.numel()
+        laid_out = optimizer.state.engine is not None
+        known = optimizer.state.entries[p].numel if laid_out else local(p).numel()
         for name, value in found.items():
             _check_tensor(optimizer, name, value, p, known)
         count = 1
@@ -232,7 +305,6 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     kept = dict(kept)
     values, frozen = kept.pop("saved_values"), kept.pop("saved_frozen")
     torch.optim.Optimizer.__setstate__(optimizer, kept)
-    optimizer._freezer = Freezer()
     optimizer._hook = None
     optimizer._turnstile, optimizer._under_way = Turnstile(), None
     optimizer._members = members(optimizer)
@@ -242,6 +314,7 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     optimizer.state = PagedState(  # type: ignore[assignment]
         has_step=optimizer.has_step, from_start=optimizer.state_from_start
     )
+    optimizer._freezer = optimizer.state.freezer = Freezer()
     order_entries(optimizer)
     optimizer._attach()
     if values:

@@ -13,7 +13,7 @@ from pathlib import Path
 _INSIDE = (str(Path(__file__).parent), "torch/optim/", "torch/utils/_contextlib")
 
 
-def _stacklevel() -> int:
+def stacklevel() -> int:
     """How many frames up the first one outside this package and torch's wrappers is."""
     level = 2
     frame = sys._getframe(2)
@@ -32,7 +32,7 @@ class Notices:
     def _once(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, stacklevel=_stacklevel())
+            warnings.warn(text, stacklevel=stacklevel())
 
     def zero_rate(self, pass_index: int) -> None:
         """A pass latched the learning rate 0."""

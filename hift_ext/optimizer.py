@@ -135,7 +135,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         self._members = settings.members(self)
         self._closed = False
         self._frozen_for = -1
-        self._freezer = Freezer()
+        self._freezer = self.state.freezer = Freezer()
         self._hook: Any = None
         for p in trainable:  # some are frozen where the model is a copy of one an optimizer drove
             p.requires_grad_(True)
@@ -173,6 +173,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
             Whether this was the first time.
         """
         active, last = self._schedule.active, self._frozen_for
+        everywhere = everywhere or self._freezer.lifted
         if self._closed or len(self._groups) == 1 or (last == active and not everywhere):
             return False
         first = last < 0
@@ -182,7 +183,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
             if index != active:
                 self._freezer.freeze(index, self._groups[index].params)
         self._freezer.thaw(active)
-        self._frozen_for = active
+        self._frozen_for, self._freezer.lifted = active, False
         return first
 
     def frozen_names(self) -> tuple[str, ...]:
@@ -259,6 +260,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         loss = None
+        if closure is None and interchange.asks_for_state(self):
+            return None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -329,8 +332,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's, of a moment between two steps, wherever it is called from.
 
-        State is in its own type, 8-bit state in float32. Masters are there too, as `master`, or
-        `master_low` (int16), the lower half of what the bfloat16 weight begins.
+        Views of host memory; of a file, copies that the system can write out. 8-bit state is there
+        in float32, masters as `master` or `master_low` (int16: what the bfloat16 weight lacks).
 
         Raises:
             RuntimeError: The optimizer is closed, and its state gone.
@@ -339,7 +342,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
             self._check_open()
             settings.check_unchanged(self, whole=True)
             book(self)
-            return super().state_dict()
+            return interchange.with_schedule(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state_dict of this class or of torch's own, from any device.

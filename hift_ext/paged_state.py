@@ -15,9 +15,19 @@ import torch
 
 from hift_ext import precision
 from hift_ext.engines import StateEngine
+from hift_ext.freezing import Freezer
 from hift_ext.ops import StreamSpec, Wanted
 from hift_ext.precision import Precision
 from hift_ext.sharding import like, local, part_for
+
+
+def strides_of(p: torch.Tensor) -> tuple[int, ...]:
+    """The strides that a tensor's state has, in elements: its own where those have no gaps."""
+    # empty_like keeps the strides of dense tensors only.
+    strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
+    if p.stride() != strides:
+        strides = torch.empty(p.shape, device="meta").stride()
+    return tuple(strides)
 
 
 @dataclass(eq=False, slots=True)
@@ -53,12 +63,8 @@ class Entry:
     def lay_out(self) -> None:
         """Takes over the parameter's shape and strides."""
         p = local(self.param)
-        # empty_like keeps the strides of dense tensors only.
-        strides = torch.empty_like(p, device="meta", requires_grad=False).stride()
-        if p.stride() != strides:
-            strides = torch.empty(p.shape, device="meta").stride()
-        self.numel, self.shape, self.strides = p.numel(), p.shape, tuple(strides)
-        self.contiguous = torch.empty_strided(p.shape, strides, device="meta").is_contiguous()
+        self.numel, self.shape, self.strides = p.numel(), p.shape, strides_of(p)
+        self.contiguous = torch.empty_strided(p.shape, self.strides, device="meta").is_contiguous()
 
     def follow(self) -> None:
         """Takes over another shape of as many elements, where both are row-major."""
@@ -135,6 +141,8 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self.precision = Precision()  # known when the state is laid out
         self._with_masters = False
         self.entries: dict[torch.Tensor, Entry] = {}  # in the order of param_groups
+        self.freezer: Freezer | None = None
+        self.complete = False  # every parameter has state, visited or not
         # Known for the engine that there is: `lay_out` forgets them.
         self.turns: dict[int, Turn] = {}  # by group
         self.fitting: set[str] = set()  # rules whose state was laid out
@@ -167,8 +175,9 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
                     entry.visits -= 1
 
     def _exists(self, entry: Entry) -> bool:
-        made = self._from_start or entry.visits > 0
-        return made and (self._has_step or bool(entry.streams))
+        made = self._from_start or self.complete or entry.visits > 0
+        masters = self._with_masters and self.precision.master is not None
+        return made and (self._has_step or bool(entry.streams) or masters)
 
     def __contains__(self, param: object) -> bool:
         if not isinstance(param, torch.Tensor):
@@ -185,10 +194,26 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         self.settle()
         return sum(self._exists(entry) for entry in self.entries.values())
 
+    def __bool__(self) -> bool:
+        """Whether any parameter has state; and then all have, and require gradients.
+
+        torch's checkpoint tools ask this first. They deal in parameters that require gradients, and
+        drop the rest, so that what HiFT has frozen must be thawed, until the next forward. And they
+        want the same keys when they save and when they load: parameters that had no visit yet have
+        the state they start from.
+        """
+        if self.freezer is not None:
+            self.freezer.lift()
+        some = len(self) > 0
+        self.complete = self.complete or some
+        return some
+
     def __getitem__(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        if param not in self:
-            raise KeyError(param)
         entry = self.entries[param]
+        if param not in self:
+            if not self._has_step and not entry.streams:
+                return {}  # as torch answers for plain SGD
+            raise KeyError(param)
         values: dict[str, torch.Tensor] = {}
         if self._has_step:
             values["step"] = torch.tensor(float(entry.visits), dtype=torch.float32, device="cpu")
@@ -230,7 +255,8 @@ class PagedState(Mapping[torch.Tensor, dict[str, torch.Tensor]]):
         if self.precision.state_dtype != "8bit":
             return flat
         scales = self.engine.tensor(entry.group, entry.item, self._scale(number), entry.numel)
-        return precision.decoded(flat, scales, entry.numel, entry.streams[number].signed)
+        to = self.engine.room(entry.numel, torch.float32)
+        return precision.decoded(flat, scales, to, entry.streams[number].signed)
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(

@@ -128,10 +128,11 @@ def check_rule(precision: Precision, rule: str, streams: Sequence[StreamSpec]) -
 # Stored values as floats and back ---------------------------------------------------------------
 
 
-def decoded(codes: torch.Tensor, scales: torch.Tensor, numel: int, signed: bool) -> torch.Tensor:
-    """State kept as 8-bit codes, as `numel` floats on the CPU."""
+def decoded(
+    codes: torch.Tensor, scales: torch.Tensor, to: torch.Tensor, signed: bool
+) -> torch.Tensor:
+    """State kept as 8-bit codes, as floats in `to` (flat, on the CPU), which is returned."""
     codes, scales = codes.cpu().contiguous(), scales.cpu().contiguous()
-    to = torch.empty(numel, dtype=torch.float32, device="cpu")
     ops.decode(codes, scales, signed, to)
     return to
 

@@ -50,23 +50,31 @@ def make_order(order: str | Sequence[int], count: int, seed: int) -> list[int]:
 def checked_schedule(saved: Any) -> Mapping[str, Any] | None:
     """A schedule from a state_dict, its numbers as such; None where there was none.
 
+    Beside what `Schedule.as_dict` holds there are `groups`, their number when it was saved, and
+    `unvisited`, the indices of parameters that have state and had no visit.
+
     Raises:
         ValueError: It is none that `Schedule` can have written.
     """
     if saved is None:
         return None
     try:
-        rates = None if saved["lr"] is None else [float(rate) for rate in saved["lr"]]
+        given = saved["lr"]
+        latched = given is not None and not (given and all(rate is None for rate in given))
+        rates = [float(rate) for rate in given] if latched else None
         passes = int(saved["pass"])
+        order = [int(index) for index in saved["order"]]
         found = {
-            "order": [int(index) for index in saved["order"]],
+            "order": order,
             "position": int(saved["position"]),
             "pass": passes,
             "lr": rates,
             "seed": int(saved["seed"]),
+            "groups": int(saved.get("groups", len(order))),
+            "unvisited": [int(index) for index in saved.get("unvisited", "").split()],
         }
         good = passes >= 0 and rates != [] and all(map(math.isfinite, rates or ()))
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the loaded param_groups[0]['hift'] is no schedule: {saved!r} ({error!r}). Without "
             "the key a state_dict loads as torch's do, and the order begins anew"
@@ -106,6 +114,19 @@ class Schedule:
     def as_dict(self) -> dict[str, Any]:
         """What `param_groups[0]["hift"]` holds: order, position, pass, latched lr or None, seed."""
         return self._now
+
+    def exported(self, rates: int) -> dict[str, Any]:
+        """A copy for a state_dict, with the same keys and lengths at all times.
+
+        torch flattens state_dicts, and merges what it loads into the one that is there key by key:
+        no rate is a list of None, and the number of groups tells whether an order is whole.
+
+        Args:
+            rates: Number of param_groups.
+        """
+        lr: list[float | None] = list(self.latched or ())
+        lr += [None] * (rates - len(lr))
+        return {**self._now, "order": self.order, "lr": lr, "groups": len(self.order)}
 
     @property
     def order(self) -> list[int]:
@@ -156,10 +177,11 @@ class Schedule:
         Returns:
             None, or why the saved order does not fit: then a new pass begins in its own order.
         """
-        order, position = saved["order"], saved["position"]
-        if sorted(order) == list(range(count)) and 0 <= position < count:
+        order, position, groups = saved["order"], saved["position"], saved["groups"]
+        whole = groups == count and sorted(order) == list(range(count))
+        if whole and 0 <= position < count:
             self._added = []
-            self._become(dict(saved))
+            self._become({key: saved[key] for key in self._now})
             return None
         self._become({**self._now, "position": 0, "pass": saved["pass"], "lr": None})
-        return f"the saved order is of {len(order)} groups, this optimizer has {count}"
+        return f"the saved order is of {groups} groups, this optimizer has {count}"

@@ -85,6 +85,18 @@ def test_paging(tmp_path: Path) -> None:
     assert four_pages["staging_bytes"] <= four_pages["staging"]
 
 
+def test_checkpoint(tmp_path: Path) -> None:
+    result = run("bench_checkpoint.py", tmp_path, f"--folder={tmp_path}", mebibytes=32, rounds=1)
+    rows = {row["name"]: row for row in result["rows"]}
+    saves, loads = {"save from ram", "save from disk"}, {"load to ram", "load to disk"}
+    assert rows.keys() == {"plain write", "plain read", "plain copy"} | saves | loads
+    for row in rows.values():
+        assert row["bytes"] - (32 << 20) in range(1, 1 << 14)
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert (row["ratio"] is None) == (row["against"] is None)
+    assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "picture.png"}
+
+
 def test_train(tmp_path: Path) -> None:
     result = run("bench_train.py", tmp_path, steps=2, held_out=20, max_length=16)
     rows = {row["method"]: row for row in result["rows"]}

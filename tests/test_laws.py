@@ -34,7 +34,10 @@ LAYERS: dict[str, set[str]] = {
 LEAF_HEADERS = {"rules": {"cmath", "cstdint", "cstring"}}
 FREE_OF_EXTENSION = {
     "layers",
+    "replace",
     "schedule",
+    "scratch",
+    "shards",
     "tree",
     "triton_kernels",
     "triton_precision",

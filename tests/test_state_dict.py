@@ -240,7 +240,7 @@ def resumed(tmp_path_factory) -> Path:
             parts[1].close()
     code = f"import test_state_dict; test_state_dict.resume({str(folder)!r})"
     tests = Path(__file__).parent
-    path = f"{tests}{os.pathsep}{tests.parent}"
+    path = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tests, env=environment)
     return folder

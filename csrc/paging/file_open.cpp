@@ -161,7 +161,9 @@ OpenFile open_named(const std::string& path) {
       }
     }
     const std::string memory = memory_file_system(fd.get());
-    return {std::move(fd), path, memory.empty() ? "" : memory + " keeps files in memory"};
+    const std::size_t slash = path.rfind('/');
+    return {std::move(fd), path, slash == std::string::npos ? "." : path.substr(0, slash + 1),
+            memory.empty() ? "" : memory + " keeps files in memory"};
   }
   refuse(EBUSY, path, "other processes keep creating and removing it");
 }
@@ -201,7 +203,7 @@ OpenFile open_scratch(const std::vector<std::string>& folders) {
     const std::string memory = raw < 0 ? "" : memory_file_system(raw);
     if (raw >= 0 && memory.empty()) {
       if (::fchmod(raw, 0600) != 0) throw_errno(errno, "cannot set a scratch file's mode to 0600");
-      return {std::move(fd), text("an unlinked file in ", folder), ""};
+      return {std::move(fd), text("an unlinked file in ", folder), folder, ""};
     }
     error = raw < 0 ? why : EOPNOTSUPP;
     tried += text(tried.empty() ? "" : ", ", folder, " (",

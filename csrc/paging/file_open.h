@@ -31,6 +31,7 @@ inline constexpr std::int64_t kFileHeaderBytes = 4096;  // the first record star
 struct OpenFile {
   Descriptor fd;
   std::string name;    // for messages: "/path", or "an unlinked file in /dir"
+  std::string folder;  // it is in
   std::string cached;  // why direct I/O is pointless here, if it is: the file system is memory
 };
 

@@ -27,6 +27,7 @@ class FileStore final : public Store {
   void write(const PageTable& table, const Page& page, const std::byte* record) override;
   std::int64_t bytes() const override { return bytes_; }
   std::string description() const override;
+  std::string folder() const override { return file_.folder; }
 
   bool direct() const { return why_buffered_.empty(); }
   const std::string& why_buffered() const { return why_buffered_; }

@@ -134,6 +134,16 @@ std::int64_t PageTable::page_of(int group, std::int64_t element) const {
   return first_page_[group] + (page_elements_ > 0 ? element / page_elements_ : 0);
 }
 
+std::vector<std::int64_t> PageTable::parts(int group, std::int64_t begin,
+                                           std::int64_t count) const {
+  std::vector<std::int64_t> counts;
+  for (const std::int64_t end = begin + count; begin < end; begin += counts.back()) {
+    const Page& there = page(page_of(group, begin));
+    counts.push_back(std::min(there.begin + there.count, end) - begin);
+  }
+  return counts;
+}
+
 std::int64_t PageTable::stream_offset(const Page& page, int stream) const {
   check_stream(stream);
   return page.extent / kPageElements * prefix_[stream];

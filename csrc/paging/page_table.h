@@ -62,7 +62,9 @@ class PageTable {
   const Page& page(std::int64_t index) const;
   void touch(std::int64_t index);
   void forget(std::int64_t index);  // back to untouched; flush the pager first
-  std::int64_t page_of(int group, std::int64_t element) const;     // index of the element's page
+  std::int64_t page_of(int group, std::int64_t element) const;  // index of the element's page
+  /// How many of `count` elements lie in each page, in order.
+  std::vector<std::int64_t> parts(int group, std::int64_t begin, std::int64_t count) const;
   std::int64_t bytes_of(std::int64_t elements) const;              // all streams together
   std::int64_t stream_offset(const Page& page, int stream) const;  // inside the record, bytes
   std::int64_t record_bytes(const Page& page) const;  // as moved, a multiple of the alignment

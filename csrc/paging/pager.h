@@ -120,6 +120,7 @@ class Pager {
   std::int64_t releases_ = 0;
   std::exception_ptr error_;  // of a copy, not thrown yet
   std::unique_ptr<Slab> scratch_;
+  std::int64_t scratch_page_ = -1;  // whose record as stored is in scratch_
   PagerCounters counters_;
 };
 

@@ -75,6 +75,7 @@ void Pager::repair(int slot) {
 }
 
 void Pager::begin_write_back(const Page& page, int slot, void* stream) {
+  if (scratch_page_ == page.index) scratch_page_ = -1;
   mover_->write_back(page, slot, stream);
   slots_[slot].leaving = page.index;
   counters_.bytes_out += table_.record_bytes(page);
@@ -171,9 +172,15 @@ void Pager::read_part(const Part& part, std::byte* to) {
     }
   }
   if (scratch_ == nullptr || scratch_->bytes() < table_.record_bytes(part.page)) {
+    scratch_page_ = -1;
     scratch_ = std::make_unique<Slab>(table_.max_record_bytes());
   }
-  store_.read(table_, part.page, scratch_->data());
+  // A record is read once for all its streams and small items, if they are asked for in turn.
+  if (scratch_page_ != index) {
+    scratch_page_ = -1;
+    store_.read(table_, part.page, scratch_->data());
+    scratch_page_ = index;
+  }
   std::memcpy(to, scratch_->data() + part.offset, static_cast<std::size_t>(part.bytes));
 }
 

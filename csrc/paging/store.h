@@ -35,6 +35,8 @@ class Store {
   /// Whether pages that were never written read as zero.
   virtual bool zeroed() const { return false; }
 
+  virtual std::string folder() const { return ""; }  // of the file, if it is one
+
   virtual std::int64_t bytes() const = 0;       // reserved: slab or file size
   virtual std::string description() const = 0;  // for messages: "ram", "disk:/path", with
                                                 // "(buffered: why)" if so

@@ -248,6 +248,21 @@ TEST(a_page_that_gave_way_to_a_write_is_asked_for_again) {
   CHECK(one.gate.comes('R', 1), "page 0 keeps the slot after its turn");
 }
 
+TEST(a_record_is_read_once_for_all_its_streams) {
+  Rig rig(2);
+  rig.update_all();
+  CHECK(rig.reads(0, 1));
+  CHECK(rig.gate.seen('r', 0) && rig.gate.total('r') == 1);
+  // What was kept of it is not given out once the page has changed and left its slot.
+  for (const int p : {0, 2, 3}) rig.update(p, 42 + p);
+  rig.pager->flush();
+  CHECK(rig.reads(0, 42));
+  rig.writes(0, 50);
+  for (const int p : {2, 3}) rig.update(p, 42 + p);
+  rig.pager->flush();
+  CHECK(rig.reads(0, 50));
+}
+
 TEST(several_pages_are_held_up_to_the_slots) {
   for (const int slots : {1, 2, 3}) {
     Rig rig(slots);

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved state as an optimizer keeps it: raw where it is kept the same way, else by way of float32.
+
+A piece of one parameter at a time; what is read is compared with its checksum once more.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+
+import torch
+
+from hift_ext import precision
+from hift_ext.manifest import SavedParam, SavedStream
+from hift_ext.ops import Stored, StreamSpec
+from hift_ext.paged_state import Entry
+from hift_ext.shards import ShardReader, bytes_of
+
+Wanted = tuple[int, Stored]
+"""A stream of the engine: its number, and how its values are kept."""
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_HALVES = (torch.bfloat16, torch.float16)
+_MASTERS = ("master", "master_low")
+
+
+def wanted_streams(stored: Sequence[Stored], streams: Sequence[StreamSpec]) -> list[Wanted]:
+    """Those of an engine's streams that a parameter with this state has."""
+    names = {spec.name for spec in streams}
+    names |= {f"{name}.scale" for name in names} | set(_MASTERS)
+    return [(number, stream) for number, stream in enumerate(stored) if stream.name in names]
+
+
+def _is_codes(stream: Stored | SavedStream) -> bool:
+    kept = (stream.dtype, stream.run, stream.width)
+    return kept == (torch.uint8, precision.BLOCK, precision.BLOCK)
+
+
+def check_state(param: SavedParam, streams: Sequence[StreamSpec], who: str) -> None:
+    """Whether a saved parameter has the state that is wanted, in a way that can be read.
+
+    Raises:
+        ValueError: It has not.
+    """
+    there = {stream.name: stream for stream in param.streams}
+    for spec in streams:
+        stream = there.get(spec.name)
+        if stream is None:
+            raise ValueError(
+                f"the saved state of {who} lacks {spec.name}; it has "
+                f"{', '.join(there) or 'nothing'}"
+            )
+        plain = stream.dtype in _FLOATS and (stream.run, stream.width) == (1, 1)
+        if not plain and not (_is_codes(stream) and f"{spec.name}.scale" in there):
+            raise ValueError(
+                f"the saved {spec.name} of {who} is {stream.width} values of {stream.dtype} for "
+                f"every {stream.run} elements: this conversion is not offered"
+            )
+
+
+def loses_master(param: SavedParam, here: torch.dtype, master: str | None) -> bool:
+    """Whether saved masters cannot be kept for a parameter of the type `here`."""
+    saved = {stream.name for stream in param.streams if stream.shard is not None}
+    if param.dtype not in _HALVES or not saved & set(_MASTERS):
+        return False
+    exact = "master" in saved or here == param.dtype
+    return master is None or here not in _HALVES or not exact
+
+
+class Source:
+    """One parameter's saved state, read from its shards in the order and way of an entry.
+
+    Args:
+        entry: Whose state it becomes, laid out.
+        param: What was saved; None: the state that `entry` starts from.
+        wanted: The streams that `entry` has.
+        shards: The open shards by name.
+        summer: One thread, for checksums: a stream's pieces stay in order.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        param: SavedParam | None,
+        wanted: Sequence[Wanted],
+        shards: Mapping[str, ShardReader],
+        summer: Executor,
+    ) -> None:
+        self._entry, self._param, self._shards = entry, param, shards
+        self._wanted = wanted
+        self._number = {stored.name: number for number, stored in wanted}
+        self._saved = {} if param is None else {s.name: s for s in param.streams}
+        self._sums: dict[str, int] = {}
+        self._summer = summer
+        # Two for scales and two for others, in turns, each with the sum that still reads it.
+        self._buffers: dict[tuple[bool, int], torch.Tensor] = {}
+        self._busy: dict[tuple[bool, int], Future[None]] = {}
+        self._turns = {False: 0, True: 0}
+        self._weights: torch.Tensor | None = None
+        # Where strides differ, a piece is the whole parameter.
+        self.whole = param is not None and param.strides != entry.strides
+        self.blocks = self.whole or any(map(_is_codes, self._saved.values()))
+
+    def piece(self, begin: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Stream numbers and stored values (CPU) of some elements; in order, `begin` from 0 on."""
+        for number, stored in self._wanted:
+            if stored.name in _MASTERS:
+                yield number, self._master(stored, begin, count)
+            elif _is_codes(stored):
+                yield from self._codes(number, stored, begin, count)
+            elif not stored.name.endswith(".scale"):
+                yield number, self._floats(stored, begin, count).to(stored.dtype)
+
+    def check(self) -> None:
+        """Compares what was read with the checksums of the manifest.
+
+        Raises:
+            CheckpointError: The file has changed since it was verified.
+        """
+        for busy in self._busy.values():
+            busy.result()
+        for name, found in self._sums.items():
+            stream = self._saved[name]
+            assert stream.shard is not None
+            assert self._param is not None
+            self._shards[stream.shard].check(self._param.key(stream), found, stream.crc32)
+
+    def _read(self, stream: SavedStream, begin: int, count: int) -> torch.Tensor:
+        """Saved values, in the order saved, in a buffer that is good until the next but one."""
+        assert self._param is not None
+        apart, size = stream.name.endswith(".scale"), stream.nbytes(count)
+        self._turns[apart] ^= 1
+        place = apart, self._turns[apart]
+        if place in self._busy:
+            self._busy.pop(place).result()
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[place] = torch.empty(size, dtype=torch.uint8, device="cpu")
+        value = buffer[:size].view(stream.dtype)
+        if stream.shard is None:
+            return value.fill_(stream.fill)
+        data = bytes_of(value)
+        self._shards[stream.shard].read(self._param.key(stream), stream.nbytes(begin), data)
+        self._busy[place] = self._summer.submit(self._sum, stream.name, data)
+        return value
+
+    def _sum(self, name: str, data: memoryview) -> None:
+        self._sums[name] = zlib.crc32(data, self._sums.get(name, 0))
+
+    def _ordered(self, value: torch.Tensor) -> torch.Tensor:
+        if not self.whole or self._param is None:
+            return value
+        shaped = value.as_strided(self._param.shape, self._param.strides)
+        return self._entry.laid_out(shaped, value.dtype).as_strided((value.numel(),), (1,))
+
+    def _floats(self, stored: Stored, begin: int, count: int) -> torch.Tensor:
+        """A state as float32 or bfloat16, as saved."""
+        saved = self._saved.get(stored.name)
+        if saved is None:
+            spec = next(s for s in self._entry.streams if s.name == stored.name)
+            return torch.full((count,), spec.fill, dtype=torch.float32, device="cpu")
+        value = self._read(saved, begin, count)
+        if _is_codes(saved):
+            scales = self._read(self._saved[f"{stored.name}.scale"], begin, count)
+            to = torch.empty(count, dtype=torch.float32, device="cpu")
+            value = precision.decoded(value, scales, to, self._signed(stored))
+        return self._ordered(value)
+
+    def _codes(
+        self, number: int, stored: Stored, begin: int, count: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        scale = f"{stored.name}.scale"
+        saved = self._saved.get(stored.name)
+        if saved is not None and _is_codes(saved) and not self.whole:
+            yield number, self._read(saved, begin, count)
+            yield self._number[scale], self._read(self._saved[scale], begin, count)
+            return
+        values = self._floats(stored, begin, count).float()
+        codes, scales = precision.encoded(values, self._signed(stored))
+        yield number, codes
+        yield self._number[scale], scales
+
+    def _signed(self, stored: Stored) -> bool:
+        return next(s.signed for s in self._entry.streams if s.name == stored.name)
+
+    def _master(self, stored: Stored, begin: int, count: int) -> torch.Tensor:
+        here = self._entry.param.dtype
+        there = None if self._param is None else self._param.dtype
+        found = {n: s for n in _MASTERS if (s := self._saved.get(n)) and s.shard is not None}
+        if stored.name in found and here == there:
+            return self._ordered(self._read(found[stored.name], begin, count))
+        weights = self._weights_of(begin, count)
+        whole = weights.float()
+        if "master" in found and here in _HALVES:
+            whole = self._ordered(self._read(found["master"], begin, count))
+        elif "master_low" in found and here == there == torch.bfloat16:
+            low = self._ordered(self._read(found["master_low"], begin, count))
+            whole = precision.joined(weights, low)
+        if stored.name == "master":
+            return whole
+        if here != torch.bfloat16:  # a float32 weight is its own master
+            return torch.zeros(count, dtype=torch.int16, device="cpu")
+        return precision.low_of(whole, weights)
+
+    def _weights_of(self, begin: int, count: int) -> torch.Tensor:
+        entry = self._entry
+        if self._weights is None:
+            p = entry.param.detach()
+            given = p if entry.fits(p) else entry.laid_out(p, p.dtype)
+            self._weights = given.as_strided((math.prod(entry.shape),), (1,))
+        return self._weights[begin : begin + count].cpu()

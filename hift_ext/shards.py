@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files that are written and read a piece at a time, with checksums of every byte.
+
+The safetensors library wants all tensors in memory; here a tensor passes through two small buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from typing_extensions import Self
+
+BUFFER_BYTES = 1 << 20
+"""Of each of the two buffers: below the smallest default page, and large enough for a disk."""
+
+FLUSH_BYTES = 8 << 20
+"""After so many bytes the system is told to begin writing them."""
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""As safetensors spells them."""
+
+
+class TensorSpec(NamedTuple):
+    """One tensor of a shard."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, incomplete or of another kind; the message names the file."""
+
+
+def header_of(tensors: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where each tensor's data begins in the file (bytes)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, offsets = 0, {}
+    # Wider types first, so that every tensor is aligned to its type.
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+        offsets[tensor.key] = begin
+        entries[tensor.key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, begin + tensor.bytes],
+        }
+        begin += tensor.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 4096)  # data begins on a block
+    head = len(text).to_bytes(8, "little") + text
+    return head, {key: len(head) + offset for key, offset in offsets.items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class ShardWriter:
+    """Writes one file; pieces of a tensor come in order, tensors in any. A context manager.
+
+    Args:
+        path: The file, which must not exist.
+        tensors: What it will hold.
+
+    Attributes:
+        size: Bytes of the whole file.
+        head_bytes: Bytes before the first tensor's data.
+        head_crc32: Checksum of these.
+        crc32: Checksum of each tensor's data so far.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
+        self.path = path
+        head, self._offsets = header_of(tensors)
+        self.size = len(head) + sum(tensor.bytes for tensor in tensors)
+        self.head_bytes, self.head_crc32 = len(head), zlib.crc32(head)
+        self.crc32 = {tensor.key: 0 for tensor in tensors}
+        self._unflushed = 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            self._write(memoryview(head), 0)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        try:
+            while data:
+                written = os.pwrite(self._file, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise _explained(error, self.path, self.size) from error
+
+    def write(self, key: str, begin: int, data: memoryview) -> None:
+        """Writes a tensor's bytes from `begin` on. For one thread at a time."""
+        if not data:
+            return
+        self._write(data, self._offsets[key] + begin)
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH_BYTES:
+            self._unflushed = 0
+            # Left alone, the system would write most of it only when it is waited for.
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sum(self, key: str, data: memoryview) -> None:
+        """Adds the tensor's next bytes to its checksum. For one thread at a time."""
+        self.crc32[key] = zlib.crc32(data, self.crc32[key])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Waits until the disk has all of it."""
+        try:
+            if kind is None:
+                os.fsync(self._file)
+        except OSError as error:
+            raise _explained(error, self.path, self.size) from error
+        finally:
+            os.close(self._file)
+
+
+def _explained(error: OSError, path: Path, size: int) -> OSError:
+    space = os.statvfs(path.parent)
+    return OSError(
+        error.errno,
+        f"cannot write {path} of {size} bytes: {error.strerror}; {space.f_bavail * space.f_frsize} "
+        "bytes are free there: make room, raise 'ulimit -f' or the quota, or save elsewhere. What "
+        "was saved before is as it was",
+    )
+
+
+class Pieces:
+    """Two buffers in turn: while one is written and summed, the other is filled.
+
+    Use as a context manager; an error of a write comes out of a later call, at the latest at the
+    end of the `with`.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self._busy: list[list[Future[None]]] = [[], []]
+        # One thread each: a checksum's pieces stay in order.
+        self._writer, self._summer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._turn = 0
+
+    def buffer(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """Room for `count` elements, at most BUFFER_BYTES, to be filled and handed to `write`."""
+        self._turn ^= 1
+        self._wait(self._turn)
+        return self._buffers[self._turn][: count * dtype.itemsize].view(dtype)
+
+    def write(self, shard: ShardWriter, key: str, begin: int, value: torch.Tensor) -> None:
+        """Writes the last buffer to a tensor, from byte `begin` on."""
+        data = bytes_of(value)
+        self._busy[self._turn] = [
+            self._writer.submit(shard.write, key, begin, data),
+            self._summer.submit(shard.sum, key, data),
+        ]
+
+    def _wait(self, turn: int) -> None:
+        futures, self._busy[turn] = self._busy[turn], []
+        for future in futures:
+            future.result()
+
+    def wait(self) -> None:
+        """Until all is written and summed."""
+        for turn in range(2):
+            self._wait(turn)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._writer.shutdown(wait=True, cancel_futures=True)
+            self._summer.shutdown(wait=True, cancel_futures=True)
+
+
+class ShardReader:
+    """An open shard whose size and header are as its manifest says.
+
+    Args:
+        path: The file.
+        size: Bytes it must have.
+        head_bytes: Bytes before the first tensor's data.
+        head_crc32: Checksum of these.
+
+    Raises:
+        CheckpointError: It is missing, of another size, or its header is damaged.
+    """
+
+    def __init__(self, path: Path, size: int, head_bytes: int, head_crc32: int) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointError(f"the shard {path} is missing") from None
+        try:
+            found = os.fstat(self._file).st_size
+            if found != size:
+                what = "truncated" if found < size else "not the file that was saved"
+                raise CheckpointError(f"the shard {path} is {what}: {found} bytes, not {size}")
+            head = bytearray(head_bytes)
+            self._read(memoryview(head), 0)
+            if zlib.crc32(head) != head_crc32:
+                raise CheckpointError(f"the shard {path} is corrupted: its header's checksum fails")
+            entries: Mapping[str, Any] = json.loads(head[8:])
+            self._places = {
+                key: tuple(head_bytes + at for at in entry["data_offsets"])
+                for key, entry in entries.items()
+                if key != "__metadata__"
+            }
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+    def _read(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.preadv(self._file, [data], offset)
+            if count == 0:
+                raise CheckpointError(f"the shard {self.path} became shorter while it was read")
+            data, offset = data[count:], offset + count
+
+    def read(self, key: str, begin: int, data: memoryview) -> None:
+        """Reads a tensor's bytes from `begin` on."""
+        self._read(data, self._places[key][0] + begin)
+
+    def verify(self, crc32: Mapping[str, int]) -> None:
+        """Reads every tensor once.
+
+        Args:
+            crc32: The checksum each must have.
+
+        Raises:
+            CheckpointError: One has another checksum, or is not there.
+        """
+        absent = sorted(crc32.keys() - self._places.keys())
+        if absent:
+            raise CheckpointError(f"the shard {self.path} holds no {absent[0]!r}")
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        sums = dict.fromkeys(crc32, 0)
+        for key, data in ahead(self._pieces(sorted(crc32, key=lambda key: self._places[key]))):
+            sums[key] = zlib.crc32(data, sums[key])
+        for key, expected in crc32.items():
+            self.check(key, sums[key], expected)
+
+    def check(self, key: str, found: int, expected: int) -> None:
+        """Compares a tensor's checksum with what it must be.
+
+        Raises:
+            CheckpointError: They differ.
+        """
+        if found != expected:
+            raise CheckpointError(
+                f"the shard {self.path} is corrupted: the checksum of {key!r} is {found:08x}, "
+                f"not {expected:08x}"
+            )
+
+    def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, memoryview]]:
+        buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in range(2)]
+        turn = 0
+        for key in keys:
+            begin, end = self._places[key]
+            for at in range(begin, end, BUFFER_BYTES):
+                data = buffers[turn][: min(BUFFER_BYTES, end - at)]
+                self._read(data, at)
+                yield key, data
+                turn ^= 1
+
+
+def ahead(pieces: Iterator[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
+    """Has the next piece made by another thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
