@@ -220,6 +220,31 @@ class PagedTritonEngine(TritonNorm):
         if value.numel():
             self.tensor(group, item, stream, self._groups[group].items[item][1]).copy_(value)
 
+    def room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Ordinary memory."""
+        return torch.empty(count, dtype=dtype, device="cpu")
+
+    def parts(self, group: int, item: int) -> list[int]:
+        """In host memory pages lie behind each other: one part."""
+        return [self._groups[group].items[item][1]]
+
+    def read(
+        self, group: int, item: int, stream: int, begin: int, count: int, out: torch.Tensor
+    ) -> None:
+        """Copies from host memory."""
+        out.copy_(self._some(group, item, stream, begin, count))
+
+    def load(
+        self, group: int, item: int, stream: int, begin: int, count: int, value: torch.Tensor
+    ) -> None:
+        """Copies to host memory."""
+        self._some(group, item, stream, begin, count).copy_(value)
+
+    def _some(self, group: int, item: int, stream: int, begin: int, count: int) -> torch.Tensor:
+        whole = self.tensor(group, item, stream, self._groups[group].items[item][1])
+        first = self._streams[stream].numel(begin)
+        return whole[first : first + self._streams[stream].numel(count)]
+
     def prefetch(self, group: int) -> None:
         """Starts bringing `group` in."""
         with self._entered():
