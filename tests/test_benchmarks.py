@@ -134,3 +134,74 @@ def test_clip(tmp_path: Path) -> None:
     for part, peers in (("step", {"torch_fused", "torch_foreach"}), ("norm", {"torch"})):
         found = {r["impl"] for r in result["rows"] if (r["part"], r["param"]) == (part, "fp32")}
         assert found == {"hift", "ceiling"} | peers
+
+
+def test_precision(tmp_path: Path) -> None:
+    result = run("bench_precision.py", tmp_path, "--quick")
+    rows = {row["way"]: row for row in result["rows"]}
+    # Weight in and out, gradient in; then state, its scales (4 bytes for 256) and master, twice.
+    each = {
+        "fp32": 12 + 2 * 8,
+        "fp32, bf16 state": 12 + 2 * 4,
+        "fp32, 8bit state": 12 + 2 * (2 + 8 / 256),
+        "bf16, no master": 6 + 2 * 8,
+        "bf16, split master": 6 + 2 * (8 + 2),
+        "bf16, fp32 master": 6 + 2 * (8 + 4),
+        "bf16, split master, bf16 state": 6 + 2 * (4 + 2),
+        "bf16, split master, 8bit state": 6 + 2 * (2 + 8 / 256 + 2),
+        "all bf16, nearest": 6 + 2 * 4,
+        "all bf16, stochastic": 6 + 2 * 4,
+        "fp16, fp32 master": 6 + 2 * (8 + 4),
+        "torch fp32": 12 + 2 * 8,
+        "torch all bf16": 6 + 2 * 4,
+        "sgd fp32": 12 + 2 * 4,
+        "sgd fp32, 8bit state": 12 + 2 * (1 + 4 / 256),
+    }
+    assert {way: row["bytes_per_element"] for way, row in rows.items()} == each
+    for way, row in rows.items():
+        itemsize = 4 if row["param"] == "fp32" else 2
+        assert row["elements"] == 1 << 16
+        # What the optimizer itself says it keeps: a way that is not what its name says is seen.
+        assert row["bytes"] == 3 * itemsize * row["elements"] + 2 * row["state_bytes"]
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["impl"] == ("torch_fused" if way.startswith("torch") else "hift")
+        assert (row["ratio_to_torch_bf16"] is None) == way.startswith("sgd")
+    for way in ("fp32", "sgd fp32"):
+        assert rows[way]["ratio_to_fp32"] == rows[way]["of_memory"] == 1
+    assert rows["torch all bf16"]["ratio_to_torch_bf16"] == 1
+    assert {target["at_most"] for target in result["targets"]} == {0.75, 1.0}
+    for target in result["targets"]:
+        assert target["measured"] == rows[target["way"]][target["figure"]]
+        assert target["met"] is None  # memory does not bound a step on so few elements
+
+
+def test_modes(tmp_path: Path) -> None:
+    result = run("bench_modes.py", tmp_path, "--quick")
+    rows = {row["way"]: row for row in result["rows"]}
+    # Bytes of state and master for each parameter: the way reached the optimizer.
+    kept = {
+        "fp32": 8,
+        "fp32, 8bit state": 2 + 8 / 256,
+        "bf16, no master": 8,
+        "bf16, stochastic": 8,
+        "bf16, fp32 master": 12,
+        "bf16, split master": 10,
+        "bf16, split, bf16 state": 6,
+        "bf16, split, 8bit state": 4 + 8 / 256,
+    }
+    assert set(rows) == set(kept)
+    for way, row in rows.items():
+        assert row["state_bytes"] == pytest.approx(kept[way] * row["parameters"], rel=1e-2)
+        assert row["steps"] == len(row["losses"]) == 4  # more than a pass
+        assert row["final_loss"] == pytest.approx(sum(row["losses"]) / 4)
+        assert 0.3 < row["final_loss"] < 1.1  # about ln 2 before anything is learned
+        assert 0 <= row["accuracy"] <= 1
+        assert row["step_ms"] > 0
+        assert len(set(row["losses"])) > 1
+    losses = {way: row["losses"] for way, row in rows.items()}
+    # A split master is the same number, to the bit.
+    assert losses["bf16, split master"] == losses["bf16, fp32 master"]
+    assert losses["bf16, stochastic"] != losses["bf16, no master"]
+    assert losses["bf16, no master"] != losses["fp32"]
+    assert losses["bf16, no master"][0] == pytest.approx(losses["fp32"][0], rel=2e-2)
