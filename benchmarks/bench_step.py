@@ -96,6 +96,8 @@ def hift_step(case: Case, groups: Sequence[Sequence[torch.nn.Parameter]]) -> Cal
     """Our step; with several groups each call updates the next one, as in training."""
     options: dict[str, Any] = {"groups": groups} if len(groups) > 1 else {"layers_per_group": "all"}
     members = [p for group in groups for p in group]
+    # As the peers do it: 16-bit weights are updated themselves.
+    options["master"] = None
     return case.hift(members, lr=LR, store="ram", **dict(case.keywords), **options).step
 
 
