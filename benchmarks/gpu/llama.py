@@ -142,8 +142,7 @@ def visitable(optimizer: hift_ext.AdamW, available: int) -> int:
     """How many groups' states fit into `available` bytes of host memory, in the order of turns."""
     left, count = available, 0
     for group in optimizer.groups:
-        master = 2 if group.params[0].dtype == torch.bfloat16 else 0
-        left -= (8 + master) * group.numel
+        left -= 8 * group.numel
         if left < 0:
             break
         count += 1
