@@ -275,6 +275,7 @@ def _replace(
 ) -> None:
     state = optimizer.state
     interchange.adopt_settings(optimizer, groups)
+    buffers: dict[tuple[bool, int], torch.Tensor] = {}
     with ThreadPoolExecutor(1) as summer:
         for entry in (entry for group in optimizer._entries for entry in group):
             param = found.get(entry.param)
@@ -282,7 +283,7 @@ def _replace(
             if known or (param is not None and _has_values(param)):
                 engine = optimizer._engine()
                 own = wanted_streams(engine.stored, entry.streams)
-                _load_entry(engine, entry, Source(entry, param, own, shards, summer))
+                _load_entry(engine, entry, Source(entry, param, own, shards, summer, buffers))
             entry.visits = 0 if param is None else param.visits
     if any(entry.visits for group in optimizer._entries for entry in group):
         optimizer._engine()

@@ -79,6 +79,7 @@ class Source:
         wanted: The streams that `entry` has.
         shards: The open shards by name.
         summer: One thread, for checksums: a stream's pieces stay in order.
+        buffers: Of all parameters, one after the other: two for scales and two for others.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Source:
         wanted: Sequence[Wanted],
         shards: Mapping[str, ShardReader],
         summer: Executor,
+        buffers: dict[tuple[bool, int], torch.Tensor],
     ) -> None:
         self._entry, self._param, self._shards = entry, param, shards
         self._wanted = wanted
@@ -95,8 +97,8 @@ class Source:
         self._saved = {} if param is None else {s.name: s for s in param.streams}
         self._sums: dict[str, int] = {}
         self._summer = summer
-        # Two for scales and two for others, in turns, each with the sum that still reads it.
-        self._buffers: dict[tuple[bool, int], torch.Tensor] = {}
+        self._buffers = buffers
+        # In turns, each with the sum that still reads it.
         self._busy: dict[tuple[bool, int], Future[None]] = {}
         self._turns = {False: 0, True: 0}
         self._weights: torch.Tensor | None = None

@@ -85,23 +85,27 @@ def _update(
     weights: tl.constexpr,
     random_state: tl.constexpr,
 ):
-    at = begin + lane
-    p = _opened(tl.load(param + at, mask=mask), master, at, mask, weights)
-    g = widened(tl.load(grad + at, mask=mask)) * grad_factor
+    # A program's place is added to the addresses: 64-bit sums for every lane would take registers.
+    param = param + begin
+    if weights >= 2:
+        master = master + begin
+    p = _opened(tl.load(param + lane, mask=mask), master, lane, mask, weights)
+    g = widened(tl.load(grad + begin + lane, mask=mask)) * grad_factor
     values = ()
     for k in tl.static_range(len(state)):
-        value = widened(tl.load(state[k] + at, mask=mask))
+        value = widened(tl.load(state[k] + begin + lane, mask=mask))
         values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
     p, values = rule(p, g, values, hyper)
     element = lane.to(tl.uint32) + (begin.to(tl.uint32) + first)
     key = _key_of(keys, first, element)
-    _close(p, param, master, at, mask, key, element, weights)
+    _close(p, param, master, lane, mask, key, element, weights)
     for k in tl.static_range(len(state)):
         if random_state:
             bits = stochastic_bits(values[k], state_random(key, k, element))
-            tl.store(state[k] + at, lower(bits, tl.bfloat16), mask=mask)
+            tl.store(state[k] + begin + lane, lower(bits, tl.bfloat16), mask=mask)
         else:
-            tl.store(state[k] + at, narrowed(values[k], state[k].dtype.element_ty), mask=mask)
+            kept = narrowed(values[k], state[k].dtype.element_ty)
+            tl.store(state[k] + begin + lane, kept, mask=mask)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def _halved(column, size: tl.constexpr):
 @triton.jit
 def _add_row(column, values):
     wide = widened(values).to(tl.float64)
-    return column + wide * wide  # the product is exact: fused or not, the same bits
+    return tl.fma(wide, wide, column)  # the product is exact: fused or not, the same bits
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -113,7 +113,7 @@ from gpu import bits
 run_kernel = bits.run_kernel
 def wrong(device, rows, scalars):
     run_kernel(device, rows, scalars)
-    param, grad, count, _, states, _ = rows[-1]
+    param, grad, count, _, states = rows[-1][:5]  # how numbers are kept may follow
     if count > 1000 and len(states) == 2:
         import ctypes
         ctypes.c_uint8.from_address([param, grad, *states][{index}]).value ^= 1
@@ -160,7 +160,7 @@ def test_a_crash_and_a_hang_are_their_sections_own(
 import os, signal, time
 from gpu import bits, bus, build
 from gpu.report import Row
-runner.DRY_SECONDS = gpu_check.DRY_SECONDS = 6
+runner.DRY_SECONDS = gpu_check.DRY_SECONDS = 2
 def crash(device, budget):
     yield Row("first")
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -175,8 +175,8 @@ bits.run, bus.run, build.run = crash, hang, nan
     assert status == 1
     assert sections["bits"]["failed"] == "its process ended by SIGSEGV"
     assert [row["name"] for row in sections["bits"]["rows"]] == ["first"]
-    assert sections["bus"]["failed"] == "killed after 7 s"
-    assert sections["bus"]["seconds"] < 20
+    assert sections["bus"]["failed"] == "killed after 3 s"
+    assert sections["bus"]["seconds"] < 10
     assert [row["name"] for row in sections["bus"]["rows"]] == ["second"]
     assert sections["build"]["failed"] == "ValueError: third: x_ms is nan"
     assert sections["kernels"]["rows"]

@@ -196,7 +196,10 @@ def test_ten_thousand_tiny_parameters_in_a_thousand_groups() -> None:
         for _, p in named:
             p.requires_grad_(True)
             p.grad = torch.ones(2, 2)
-        stepped, _ = seconds(lambda: [optimizer.step() for _ in optimizer.groups])
+        # The first pass makes the state; of the next ones the quickest is what it costs.
+        optimizer.step()
+        passes = [seconds(lambda: [optimizer.step() for _ in optimizer.groups]) for _ in range(3)]
+        stepped = min(took for took, _ in passes)
         saved, state = seconds(optimizer.state_dict)
         loaded, _ = seconds(lambda: optimizer.load_state_dict(state))
         assert all(p.detach()[0, 0] != 0 for _, p in named)
@@ -204,15 +207,15 @@ def test_ten_thousand_tiny_parameters_in_a_thousand_groups() -> None:
         return {"construction": made, "a pass": stepped, "state_dict": saved, "load": loaded}
 
     few, many = times(1000), times(10_000)
-    # Ten times as many may take 40 times as long; quadratic cost takes 100 times.
+    # Ten times as many may take 25 times as long; quadratic cost takes 100 times.
     for what, took in many.items():
-        assert took < 40 * max(few[what], 0.01), (what, few, many)
+        assert took < 25 * max(few[what], 0.01), (what, few, many)
     named = params(10_000)
     theirs, reference = seconds(lambda: torch.optim.AdamW(named, lr=0.1, foreach=False))
     for _, p in named:
         p.grad = torch.ones(2, 2)
     theirs, _ = seconds(reference.step)
-    assert many["a pass"] < 10 * theirs
+    assert many["a pass"] < 5 * theirs
 
 
 def test_parameters_without_elements_and_without_dimensions() -> None:

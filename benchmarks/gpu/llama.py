@@ -138,11 +138,14 @@ def largest_batch(training: Training, limit: int) -> int:
     return max(1, min(MOST_BATCH, 1 + (limit - peaks[0]) // each))
 
 
-def visitable(optimizer: hift_ext.AdamW, available: int) -> int:
-    """How many groups' states fit into `available` bytes of host memory, in the order of turns."""
+def visitable(optimizer: hift_ext.AdamW, available: int, each: int = 8) -> int:
+    """How many groups' states fit into `available` bytes of host memory, in the order of turns.
+
+    `each` bytes an element: two moments, and 2 more for a split master.
+    """
     left, count = available, 0
     for group in optimizer.groups:
-        left -= 8 * group.numel
+        left -= each * group.numel
         if left < 0:
             break
         count += 1
@@ -184,7 +187,7 @@ def hift(device: Device, plan: Plan, model: Llama, share: int, budget: Budget) -
     optimizer = hift_ext.AdamW(model, 1e-6, layers_per_group=1)
     training = Training(device, model, optimizer, length)
     available = available_bytes()
-    groups = visitable(optimizer, available)
+    groups = visitable(optimizer, available, 8 if plan.dtype == torch.float32 else 10)
     if groups < 3:
         raise MemoryError(
             f"{available / 1e9:.1f} GB of host memory hold the state of {groups} groups; three are "
