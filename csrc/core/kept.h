@@ -3,6 +3,8 @@
 // for every backend.
 #pragma once
 
+#include <cstdint>
+
 #include "core/check.h"
 #include "core/precision.h"
 #include "core/span.h"
@@ -36,6 +38,10 @@ inline void check_kept(const Span& s, const char* rule, int states, int non_nega
               (s.state_type != StateType::kCode8 || s.scale[i] != nullptr);
   }
   present = present && (master_size(s.weights) == 0 || s.master != nullptr);
+  for (int i = 0; i < states && s.state_type == StateType::kCode8; ++i) {
+    check_argument(reinterpret_cast<std::uintptr_t>(s.state[i]) % sizeof(std::uint32_t) == 0,
+                   "codes at ", s.state[i], " do not begin at a word of 4 bytes");
+  }
   check_argument(present || s.count == 0, "a span of ", s.count, " elements for rule ", rule,
                  " has a null address");
 }

@@ -72,10 +72,6 @@ void check_span(const Span& s) {
                  rule.name, " has no kernel for parameter type ", p, " with gradient type ", g);
   check_argument(s.count >= 0, "a span's count must not be negative: ", s.count);
   check_kept(s, rule.name, rule.states, rule.non_negative);
-  for (int i = 0; i < rule.states && s.state_type == StateType::kCode8; ++i) {
-    check_argument(aligned<4>(static_cast<const std::byte*>(s.state[i])), "codes at ", s.state[i],
-                   " do not begin at a word of 4 bytes");
-  }
 }
 
 /// Spans of one number go into one launch: kernels of their own have those whose numbers are kept

@@ -132,6 +132,7 @@ TEST(what_does_not_fit_is_refused) {
     job.before.point(job.span);
     change(job.span);
     CHECK_THROWS(std::invalid_argument, words, cuda::step(&job.span, 1, {}, 0, nullptr));
+    CHECK_THROWS(std::invalid_argument, words, cpu::step(&job.span, 1, {}, 1));
   };
   refused("not a multiple", [](Span& s) { s.first = 3; });
   refused("null address", [](Span& s) { s.master = nullptr; });
