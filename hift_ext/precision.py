@@ -36,19 +36,9 @@ class Precision(NamedTuple):
     stochastic: bool = False
 
     @property
-    def plain(self) -> bool:
-        """Whether state is float32 and weights are rounded to nearest, without a master."""
-        return self == PLAIN
-
-    @property
     def state_code(self) -> int:
         """csrc/core/span.h's StateType."""
         return _STATE_TYPES[self.state_dtype]
-
-    @property
-    def draws(self) -> bool:
-        """Whether a step needs random numbers."""
-        return self.stochastic
 
     @property
     def ways(self) -> tuple[int, int, int]:

@@ -57,7 +57,7 @@ def update_group(
     assert engine is not None  # laid out, or there would be no rows
     draws: list[ops.Draw] = []
     if optimizer._precision.stochastic:
-        seed = optimizer._options["seed"]
+        seed = schedule.as_dict["seed"]  # which a loaded state brings along
         draws = [
             (ops.visit_key(seed, e.index, e.visits + 1), first_element(e.param))
             for e in work.updated
