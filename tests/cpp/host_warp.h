@@ -22,6 +22,11 @@ void __tsan_switch_to_fiber(void*, unsigned) __attribute__((weak));
 
 namespace hift_warp {
 
+// ThreadSanitizer notes every call and return on the stack of the fiber that it believes to run. A
+// function that changes fibers is called on one and left on another, so it must note neither, or
+// both stacks grow until they overflow.
+#define HIFT_CHANGES_FIBERS __attribute__((no_sanitize("thread"), noinline))
+
 inline constexpr int kLanes = 32;
 
 [[noreturn]] inline void die(const char* what, int lane) {
@@ -49,12 +54,12 @@ class Fiber {
     makecontext(&context_, entry, 0);
   }
 
-  void enter(ucontext_t* from) {
+  HIFT_CHANGES_FIBERS void enter(ucontext_t* from) {
     if (tsan_ != nullptr) __tsan_switch_to_fiber(tsan_, 0);
     swapcontext(from, &context_);
   }
 
-  void leave(ucontext_t* to) { swapcontext(&context_, to); }
+  HIFT_CHANGES_FIBERS void leave(ucontext_t* to) { swapcontext(&context_, to); }
 
  private:
   static constexpr std::size_t kStackBytes = std::size_t{1} << 17;
@@ -113,7 +118,7 @@ class Warp {
  private:
   static constexpr std::size_t kSlotBytes = 16;
 
-  static void entry() {
+  HIFT_CHANGES_FIBERS static void entry() {
     Warp& warp = mine();
     (*warp.body_)();
     warp.done_[warp.lane_] = true;
@@ -135,7 +140,7 @@ class Warp {
     in_fiber_ = false;
   }
 
-  void to_host() {
+  HIFT_CHANGES_FIBERS void to_host() {
     if (host_fiber_ != nullptr) __tsan_switch_to_fiber(host_fiber_, 0);
     fibers_[lane_].leave(&host_);
   }
