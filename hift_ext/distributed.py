@@ -39,6 +39,8 @@ class ActiveReduction:
         self._group = group
         self._last = {"bytes": 0, "ddp_bytes": 0, "all_reduces": 0, "buckets_skipped": 0}
         self._total = 0
+        # Of the backward under way, on the CPU: what is sent, and the future of its bucket.
+        self._sent: list[tuple[list[Any], torch.futures.Future[torch.Tensor], torch.Tensor]] = []
 
     def stats(self) -> dict[str, int]:
         """What the last synchronised backward handed to all-reduce, and what DDP would have.
@@ -53,29 +55,39 @@ class ActiveReduction:
         """Averages a bucket's active gradients in place; called by DDP as the bucket fills.
 
         Returns:
-            A future of the whole bucket; done already where nothing in it is active.
+            A future of the whole bucket; on the CPU it is done when the last bucket's is.
         """
         buffer = bucket.buffer()
         if bucket.index() == 0:  # DDP goes through them in order
             self._last = dict.fromkeys(self._last, 0)
+            self._sent.clear()  # of a backward that failed
         self._last["ddp_bytes"] += buffer.numel() * buffer.element_size()
         world = self._group.size()
-        pending = []
+        works = []
         for begin, end in _active_runs(bucket):
             part = buffer[begin:end].div_(world)
-            work = dist.all_reduce(part, group=self._group, async_op=True)
-            pending.append(work.get_future())
+            works.append(dist.all_reduce(part, group=self._group, async_op=True))
             sent = part.numel() * part.element_size()
             self._last["bytes"] += sent
             self._last["all_reduces"] += 1
             self._total += sent
-        if not pending:
+        if not works:
             self._last["buckets_skipped"] += 1
-            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-            done.set_result(buffer)
-            return done
-        first = pending[0] if len(pending) == 1 else torch.futures.collect_all(pending)
-        return first.then(lambda _: buffer)
+        if buffer.is_cuda:
+            reduced = torch.futures.collect_all([work.get_future() for work in works])
+            return reduced.then(lambda _: buffer)
+        # gloo would call such a function on a thread of its own, which may be about to let go of it
+        # when the interpreter ends, and then aborts the process. DDP looks at no result before the
+        # last bucket is on its way, so it is early enough to wait there, on this thread.
+        whole: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        self._sent.append((works, whole, buffer))
+        if bucket.is_last():
+            for works, whole_of, buffer_of in self._sent:
+                for work in works:
+                    work.wait()
+                whole_of.set_result(buffer_of)
+            self._sent.clear()
+        return whole
 
 
 def _active_runs(bucket: Any) -> list[tuple[int, int]]:
