@@ -2,6 +2,7 @@
 // The mover's promises one by one, without an engine that happens to keep its own order. The work
 // that uses a slot is queued by the test; every case runs under many schedules.
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -92,6 +93,8 @@ struct Rig {
   std::unique_ptr<hift::cuda::Registry> registry;
   std::unique_ptr<RamMover> mover;
 };
+
+double ms(hift::Clock::duration d) { return std::chrono::duration<double, std::milli>(d).count(); }
 
 /// Runs `body` under many schedules; it returns whether all was right.
 template <class Body>
@@ -359,6 +362,47 @@ TEST(times_are_told_once_and_never_more_than_passed) {
     const double busy = rig.mover->take_busy_ms(), waited = rig.mover->take_wait_ms();
     return busy > 0 && busy <= passed && waited > 0 && waited <= passed &&
            rig.mover->take_busy_ms() == 0 && rig.mover->take_wait_ms() == 0;
+  });
+}
+
+TEST(each_copy_and_wait_is_told_where_it_is_wanted) {
+  under_schedules([](Rig& rig) {
+    using Kind = hift::Interval::Kind;
+    hift::IntervalLog log;
+    rig.mover->log_to(log);
+    const auto visit = [&](int page) {
+      rig.mover->fetch(rig.table.page(page), 0);
+      rig.mover->await(0, rig.streams[0]);
+      rig.mover->write_back(rig.table.page(page), 0, rig.streams[0]);
+      rig.mover->drain();
+      cudaStreamSynchronize(rig.streams[0]);
+    };
+    visit(0);
+    rig.mover->take_wait_ms();
+    rig.mover->take_busy_ms();
+    bool right = log.take().first.empty();
+    log.keep(10);
+    visit(2);
+    double busy = rig.mover->take_busy_ms();
+    std::vector<hift::Interval> copies = log.take().first;
+    right = right && copies.size() == 2;
+    if (!right) return false;
+    const double anchored = ms(copies[0].begin.time_since_epoch());
+    right = copies[0].kind == Kind::kIn && copies[1].kind == Kind::kOut &&
+            copies[0].end <= copies[1].begin && copies[1].page == 2 && copies[1].group == 0 &&
+            copies[0].bytes == kElements * 4;
+    const auto length = [](const hift::Interval& i) { return ms(i.end - i.begin); };
+    right = right && std::abs(length(copies[0]) + length(copies[1]) - busy) < 1e-3;
+    rig.mover->take_wait_ms();
+    const auto waits = log.take().first;
+    right = right && waits.size() == 1 && waits[0].kind == Kind::kWait;
+    // The clock goes on from the same anchor: the next page comes after, by simulated time.
+    visit(1);
+    rig.mover->take_busy_ms();
+    const auto later = log.take().first;
+    return right && later.size() == 2 && later[0].begin >= copies[1].end &&
+           ms(later[1].end.time_since_epoch()) - anchored <=
+               0.01 * static_cast<double>(stats().operations);
   });
 }
 
