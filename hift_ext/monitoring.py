@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hift_ext")
 
 _MOST_INTERVALS = 1 << 16  # of one step
+_OWN = {"kind", "step", "pass", "group", "group_index", "lr", "bytes_in", "bytes_out"}
 _MOST_OUTPUTS = 16  # of a forward: tensors that are watched for the first gradient
 
 
@@ -206,6 +207,9 @@ class Monitor:
         """
         if self._optimizer._monitor is not self:
             raise RuntimeError("tell() belongs inside the monitor's `with`")
+        taken = [name for name in values if name.endswith(("_ms", "_bytes")) or name in _OWN]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is the monitor's own: call the value something else")
         checked = {name: _told(name, value) for name, value in values.items()}
         under_way = self._forward is not None or self._step.forwards
         if not under_way and not self._waiting:
@@ -341,7 +345,9 @@ class Monitor:
             "optimizer_ms": 1e3 * (end - begin),
         }
         head = {k: line.pop(k) for k in ("kind", "step", "pass", "group", "group_index", "lr")}
-        out.write({**head, **timed, **line, **step.told})
+        line = {**head, **timed, **line}
+        line = {k: round(v, 4) if k.endswith("_ms") and v else v for k, v in line.items()}
+        out.write({**line, **step.told})
         ran = Ran(head["group"], (before, end), (begin, end), forwards, backwards)
         self._recent.ran(ran, *step.taken)
         if isinstance(clock, CudaClock):

@@ -106,7 +106,8 @@ def _draw_lanes(panel: Any, picture: Picture, shown: Sequence[str]) -> None:
             for a, b in picture.lanes.get(lane, ())
             if b > begin and a < end
         ]
-        panel.broken_barh(spans, (row - 0.38, 0.76), color=LANES[lane], linewidth=0)
+        # The edge keeps what is short beside the window visible.
+        panel.broken_barh(spans, (row - 0.38, 0.76), color=LANES[lane], linewidth=0.8)
     width = scale * (end - begin)
     for first, last, name in picture.steps:
         panel.axvline(scale * (last - begin), color="#444444", linewidth=0.6, alpha=0.6)
@@ -135,16 +136,14 @@ def _short(name: str, most: int) -> str:
 def _draw_memory(panel: Any, picture: Picture) -> None:
     start = picture.memory[0][0] if picture.memory else 0.0
     times = [at - start for at, _, _ in picture.memory]
-    panel.plot(
-        times, [most / 1e9 for _, _, most in picture.memory], color="#c8102e", label="highest"
-    )
-    panel.plot(
-        times, [taken / 1e9 for _, taken, _ in picture.memory], color="#3b6ea5", label="after steps"
-    )
+    taken = [taken / 1e9 for _, taken, _ in picture.memory]
+    highest = [highest / 1e9 for _, _, highest in picture.memory]
+    panel.plot(times, taken, color="#3b6ea5", linewidth=2, label="after each step")
+    panel.plot(times, highest, color="#c8102e", linewidth=0.9, label="highest during it")
     if picture.steps:
         window = (picture.steps[0][0] - start, picture.steps[-1][1] - start)
         panel.axvspan(*window, color="#dddddd", alpha=0.5, linewidth=0, label="shown above")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.15 * max(highest, default=1.0) or 1.0)
     panel.margins(x=0)
     panel.set_xlabel("seconds of the run")
     panel.set_ylabel(f"{picture.memory_name}, GB")
