@@ -6,34 +6,21 @@ Engines that are not compiled tell none.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from hift_ext import ops
 from hift_ext.engines import StateEngine
 
-Kind = Literal["in", "out", "update", "wait", "read", "write"]
-_KINDS: tuple[Kind, ...] = ("in", "out", "update", "wait", "read", "write")
+Interval = tuple[int, int, int, int, float, float]
+"""One copy, update or wait: kind, group and number of its page (-1 for updates and waits), bytes
+moved, begin and end (seconds, as time.perf_counter() gives them).
 
+A plain tuple, as the compiled module makes it: a step may have hundreds.
+"""
 
-class Interval(NamedTuple):
-    """One copy, update or wait.
-
-    Attributes:
-        kind: `in` and `out` of the memory that is computed in; `read` and `write`: between a file
-            and the host memory that a GPU's `in` and `out` go through.
-        group: Of the page; -1 for updates and waits.
-        page: Its number; -1 for updates and waits.
-        bytes: Moved.
-        begin: Seconds, as time.perf_counter() gives them.
-        end: Seconds.
-    """
-
-    kind: Kind
-    group: int
-    page: int
-    bytes: int
-    begin: float
-    end: float
+IN, OUT, UPDATE, WAIT, READ, WRITE = range(6)
+"""Kinds. IN and OUT of the memory that is computed in; READ and WRITE: between a file and the host
+memory that a GPU's IN and OUT go through."""
 
 
 def compiled(engine: StateEngine | None) -> Any:
@@ -59,5 +46,5 @@ def take_intervals(engine: StateEngine | None) -> tuple[list[Interval], int]:
     inner = compiled(engine)
     if inner is None:
         return [], 0
-    told, lost = inner.take_intervals()
-    return [Interval(_KINDS[kind], *rest) for kind, *rest in told], lost
+    told: tuple[list[Interval], int] = inner.take_intervals()
+    return told

@@ -19,7 +19,7 @@ import torch
 from typing_extensions import Self
 
 from hift_ext import timeline
-from hift_ext.intervals import keep_intervals, take_intervals
+from hift_ext.intervals import IN, OUT, READ, WRITE, keep_intervals, take_intervals
 from hift_ext.moments import Clock, CudaClock, HostClock, Memory, Moment
 from hift_ext.recent import Ran, Recent
 from hift_ext.runlog import RunLog, facts, union_ms
@@ -307,10 +307,8 @@ class Monitor:
             self._said = True
             log.warning("a step moved %d pages more than the monitor keeps in mind", lost)
         return {
-            "transfer_in_ms": union_ms((i.begin, i.end) for i in told if i.kind in ("in", "read")),
-            "transfer_out_ms": union_ms(
-                (i.begin, i.end) for i in told if i.kind in ("out", "write")
-            ),
+            "transfer_in_ms": union_ms([i[4:] for i in told if i[0] in (IN, READ)]),
+            "transfer_out_ms": union_ms([i[4:] for i in told if i[0] in (OUT, WRITE)]),
         }
 
     # What is written ----------------------------------------------------------------------------

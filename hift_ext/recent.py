@@ -10,12 +10,19 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hift_ext.intervals import Interval
+from hift_ext.intervals import IN, OUT, READ, UPDATE, WAIT, WRITE, Interval
 from hift_ext.timeline import LANES, Picture, Span
 
 _MOST_INTERVALS = 1 << 14
 _MOST_POINTS = 4000
-_LANE_OF = {"in": "copy in", "out": "copy out", "read": "read file", "write": "write file"}
+_LANE_OF = {
+    IN: "copy in",
+    OUT: "copy out",
+    UPDATE: "update",
+    WAIT: "wait",
+    READ: "read file",
+    WRITE: "write file",
+}
 
 
 class Ran(NamedTuple):
@@ -69,9 +76,8 @@ class Recent:
         for step in self._steps:
             lanes["forward"] += step.forwards
             lanes["backward"] += step.backwards
-        for interval in self._intervals:
-            lane = _LANE_OF.get(interval.kind, interval.kind)
-            lanes[lane].append((interval.begin, interval.end))
+        for kind, *_, begin, end in self._intervals:
+            lanes[_LANE_OF[kind]].append((begin, end))
         if not self._intervals:  # an engine that tells of a step as a whole only
             lanes["optimizer"] += [step.call for step in self._steps]
         steps = [(*step.whole, step.group) for step in self._steps]
