@@ -118,7 +118,7 @@ def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
         check_fit(optimizer, members, saved, folder)
         schedule = checked_schedule(groups[0].get("hift"))
         found = _found(optimizer, groups, members, saved)
-        size = sum(facts["size"] for facts in saved.shards.values())
+        size = sum(param.spec(s).bytes for param in saved.params for s in param.streams if s.shard)
         bar = progress(f"verifying {folder.name}", 2 * size, in_bytes=True)
         with ExitStack() as stack:
             stack.enter_context(stage("load"))

@@ -79,6 +79,7 @@ class _Step:
     before: Moment = None  # the end of the step before, or this one's first moment
     begin: Moment = None  # of optimizer.step()
     end: Moment = None
+    last: Moment = None  # all that the line waits for
     taken: tuple[int, int] = (0, 0)  # memory now, and at most
 
 
@@ -216,6 +217,7 @@ class Monitor:
             raise RuntimeError("there has been no forward or step yet that could be told of")
         step = self._step if under_way else self._waiting[-1]
         step.told.update(checked)
+        step.last = self._now()  # values of a GPU are on their way until then
 
     # What happens -------------------------------------------------------------------------------
 
@@ -297,6 +299,7 @@ class Monitor:
             "bytes_out": bytes_out,
             **self._memory.facts(),
         }
+        step.last = self._now()
         self._waiting.append(step)
 
     def _collect(self) -> dict[str, float]:
@@ -321,7 +324,7 @@ class Monitor:
             out.write(facts(self._optimizer))
         while self._waiting and clock is not None:
             step = self._waiting[0]
-            if not everything and not clock.passed(step.end):
+            if not everything and not clock.passed(step.last):
                 return
             self._waiting.popleft()
             self._finish(step, clock, out)

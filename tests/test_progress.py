@@ -9,10 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import models
 import pytest
 
-from hift_ext import progress
+import hift_ext
+from hift_ext import checkpoint, progress
 
 # The module by its path: the package would import torch, six times.
 SLOW = """
@@ -110,3 +114,24 @@ def test_nothing_is_left_behind(monkeypatch):
     while threading.active_count() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_saving_and_loading_are_shown_by_their_bytes(tmp_path, monkeypatch) -> None:
+    shown: list[tuple[float, float]] = []
+
+    @contextmanager
+    def watched(what: str, total: float, **how: bool) -> Iterator[progress.Progress]:
+        with progress.progress(what, total, **how) as bar:
+            yield bar
+        shown.append((bar._done, total))
+
+    monkeypatch.setattr(checkpoint, "progress", watched)
+    model = models.tiny()
+    optimizer = hift_ext.AdamW(model, store="disk", page_bytes=4096, staging=3 * 4096)
+    models.train(model, optimizer, models.batches(8))
+    hift_ext.save(optimizer, tmp_path / "saved")
+    hift_ext.load(optimizer, tmp_path / "saved")
+    (saved, size), (loaded, twice) = shown
+    assert saved == size == 8 * sum(p.numel() for p in model.parameters())
+    # Read to be verified, and again to be taken over.
+    assert loaded == twice == 2 * size
