@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 #include "bind_norm.h"
@@ -191,6 +192,21 @@ std::unique_ptr<hift::Compute> compute(int device, const py::object& allocate) {
   });
 }
 
+/// Tuples (kind, group, page, bytes, begin, end), times in seconds of time.perf_counter(), and how
+/// many were lost.
+std::pair<py::list, std::int64_t> taken_intervals(hift::Engine& engine) {
+  const auto seconds = [](hift::Clock::time_point at) {
+    return std::chrono::duration<double>(at.time_since_epoch()).count();
+  };
+  const auto [intervals, lost] = engine.intervals().take();
+  py::list tuples;
+  for (const hift::Interval& i : intervals) {
+    tuples.append(py::make_tuple(static_cast<int>(i.kind), i.group, i.page, i.bytes,
+                                 seconds(i.begin), seconds(i.end)));
+  }
+  return {tuples, lost};
+}
+
 void bind_engine(py::module_& m) {
   using hift::Engine;
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
@@ -266,8 +282,12 @@ void bind_engine(py::module_& m) {
       .def("parts", &Engine::parts, py::call_guard<py::gil_scoped_release>())
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
       .def("flush", &Engine::flush, py::call_guard<py::gil_scoped_release>())
+      .def("keep_intervals",
+           [](Engine& engine, std::int64_t most) { engine.intervals().keep(most); })
+      .def("take_intervals", &taken_intervals)
       .def_property_readonly("store_bytes", &Engine::store_bytes)
       .def_property_readonly("staging_bytes", &Engine::staging_bytes)
+      .def_property_readonly("page_bytes", &Engine::page_bytes)
       .def_property_readonly("touched_bytes", &Engine::touched_bytes)
       .def_property_readonly("description", &Engine::description)
       .def_property_readonly("folder", &Engine::folder);

@@ -15,8 +15,6 @@
 namespace hift {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
@@ -89,6 +87,7 @@ Engine::Engine(std::vector<Stream> streams, EngineOptions options, std::unique_p
                    " bytes for ", kPageElements);
   }
   ram_ = dynamic_cast<RamStore*>(store_.get());
+  compute_->log_to(intervals_);
 }
 
 Engine::~Engine() = default;
@@ -134,6 +133,7 @@ void Engine::make_pager() {
     slots = static_cast<int>(std::min(staging / slot_bytes, largest));
     mover_ = compute_->make_mover(*store_, table_, slots, slot_bytes, options_.readers,
                                   options_.writers);
+    mover_->log_to(intervals_);
   }
   pager_ = std::make_unique<Pager>(table_, *store_, mover_.get(), slots);
 }

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/intervals.h"
 #include "core/span.h"
 #include "engine_compute.h"
 #include "paging/file_store.h"
@@ -102,8 +103,12 @@ class Engine {
   void prefetch(int group);
   void flush();
 
+  /// When copies, updates and waits ran. On a GPU a step tells those that are done by then.
+  IntervalLog& intervals() { return intervals_; }
+
   std::int64_t store_bytes() const { return store_->bytes(); }       // reserved where pages rest
   std::int64_t staging_bytes() const;                                // ring in compute memory
+  std::int64_t page_bytes() const { return options_.page_bytes; }    // at most, of a page's record
   std::int64_t touched_bytes() const;                                // of pages that hold something
   std::string description() const { return store_->description(); }  // with its fallbacks
   std::string folder() const { return store_->folder(); }  // where its file is, "" without one
@@ -127,6 +132,7 @@ class Engine {
   void check(int group, const std::vector<Update>& updates) const;
 
   OwnerProcess owner_;
+  IntervalLog intervals_;  // outlives those who write to it
   EngineOptions options_;
   std::mutex mutex_;
   PageTable table_;

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 
+#include "core/intervals.h"
 #include "core/span.h"
 #include "paging/mover.h"
 #include "paging/page_table.h"
@@ -40,6 +41,9 @@ class Compute {
 
   /// Milliseconds of arithmetic, as far as they are known and were not told before.
   virtual double take_update_ms() = 0;
+
+  /// Updates go to `log` as well, which outlives this.
+  virtual void log_to(IntervalLog& log) = 0;
 };
 
 std::unique_ptr<Compute> make_host_compute();

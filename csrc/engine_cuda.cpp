@@ -37,7 +37,8 @@ class CudaCompute final : public Compute {
             void* stream) override {
     const cuda::DeviceGuard guard(device_);
     const auto queue = static_cast<cudaStream_t>(stream);
-    updates_.time(queue, [&] { cuda::step(spans, count, scaling, device_, stream); });
+    updates_.time(queue, {Interval::Kind::kUpdate},
+                  [&] { cuda::step(spans, count, scaling, device_, stream); });
     // The step is queued and cannot be taken back: without the event the host waits for it.
     if (!done_.try_record(queue)) cudaStreamSynchronize(queue);
   }
@@ -66,6 +67,8 @@ class CudaCompute final : public Compute {
   }
 
   double take_update_ms() override { return updates_.take_ms(); }
+
+  void log_to(IntervalLog& log) override { updates_.log_to(log); }
 
  private:
   int device_;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameters in host memory: pages in a slab are updated where they are, pages of a file in slots
 // that threads fill and empty.
-#include <chrono>
 #include <utility>
 
 #include "cpu/step.h"
@@ -15,11 +14,13 @@ class HostCompute final : public Compute {
  public:
   void step(const Span* spans, std::size_t count, const Scaling& scaling, int threads,
             void* /*stream*/) override {
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     cpu::step(spans, count, scaling, threads);
-    const std::chrono::duration<double, std::milli> taken =
-        std::chrono::steady_clock::now() - begin;
-    update_ms_ += taken.count();
+    const auto end = Clock::now();
+    update_ms_ += std::chrono::duration<double, std::milli>(end - begin).count();
+    if (log_ != nullptr && log_->on()) {
+      log_->add({Interval::Kind::kUpdate, -1, -1, 0, begin, end});
+    }
   }
 
   bool has_own_memory() const override { return false; }
@@ -37,8 +38,11 @@ class HostCompute final : public Compute {
 
   double take_update_ms() override { return std::exchange(update_ms_, 0); }
 
+  void log_to(IntervalLog& log) override { log_ = &log; }
+
  private:
   double update_ms_ = 0;
+  IntervalLog* log_ = nullptr;
 };
 
 }  // namespace

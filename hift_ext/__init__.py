@@ -10,6 +10,7 @@ from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
 from hift_ext.checkpoint import load, save
 from hift_ext.layers import Group
+from hift_ext.monitoring import Monitor, monitor
 from hift_ext.optimizer import HiFTOptimizer
 from hift_ext.options import HiFTOptions
 from hift_ext.sgd import SGD
@@ -24,8 +25,10 @@ __all__ = [
     "Group",
     "HiFTOptimizer",
     "HiFTOptions",
+    "Monitor",
     "__version__",
     "integrations",
     "load",
+    "monitor",
     "save",
 ]

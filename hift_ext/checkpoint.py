@@ -32,6 +32,8 @@ from hift_ext.manifest import (
 from hift_ext.notices import stacklevel
 from hift_ext.paged_state import Entry
 from hift_ext.precision import PLAIN, Precision
+from hift_ext.profiling import stage
+from hift_ext.progress import Progress, progress
 from hift_ext.replace import Replacement, recover, sweep
 from hift_ext.schedule import checked_schedule
 from hift_ext.shards import BUFFER_BYTES, Pieces, ShardReader, ShardWriter
@@ -79,8 +81,10 @@ def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
         check_files(target)
         sweep(target)
         manifest, homes = _describe(optimizer)
-        with Replacement(target) as work:
-            _write_shards(optimizer, manifest, homes, work.folder)
+        size = sum(param.spec(s).bytes for _, param, _ in homes for s in param.streams)
+        bar = progress(f"saving {target.name}", size, in_bytes=True)
+        with stage("save"), Replacement(target) as work, bar as shown:
+            _write_shards(optimizer, manifest, homes, work.folder, shown)
             manifest.write(work.folder)
             check_files(target)
             work.publish()
@@ -114,11 +118,16 @@ def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
         check_fit(optimizer, members, saved, folder)
         schedule = checked_schedule(groups[0].get("hift"))
         found = _found(optimizer, groups, members, saved)
+        size = sum(param.spec(s).bytes for param in saved.params for s in param.streams if s.shard)
+        bar = progress(f"verifying {folder.name}", 2 * size, in_bytes=True)
         with ExitStack() as stack:
-            shards = _open_shards(folder, saved, stack)
+            stack.enter_context(stage("load"))
+            shown = stack.enter_context(bar)
+            shards = _open_shards(folder, saved, stack, shown)
+            shown.say(f"loading {folder.name}")
             # Nothing has changed so far; from here on only the page file and the disk can fail.
             try:
-                _replace(optimizer, groups, found, shards)
+                _replace(optimizer, groups, found, shards, shown)
             except Exception as error:
                 raise RuntimeError(
                     f"loading {folder} stopped in the middle, and the optimizer's state is partly "
@@ -166,7 +175,11 @@ def _describe(optimizer: HiFTOptimizer) -> tuple[Manifest, list[_Home]]:
 
 
 def _write_shards(
-    optimizer: HiFTOptimizer, manifest: Manifest, homes: list[_Home], folder: Path
+    optimizer: HiFTOptimizer,
+    manifest: Manifest,
+    homes: list[_Home],
+    folder: Path,
+    shown: Progress,
 ) -> None:
     batches: list[list[_Home]] = []
     room = 0
@@ -191,6 +204,7 @@ def _write_shards(
                         value = pieces.buffer(stream.dtype, values)
                         engine.read(entry.group, entry.item, at, begin, count, value)
                         pieces.write(shard, param.key(stream), stream.nbytes(begin), value)
+                        shown.advance(value.nbytes)
         for _, param, _ in batch:
             for stream in param.streams:
                 stream.shard, stream.crc32 = name, shard.crc32[param.key(stream)]
@@ -251,7 +265,9 @@ def _precision(optimizer: HiFTOptimizer) -> Precision:
     return precision.chosen(optimizer._options, {p.dtype for p in state.entries})
 
 
-def _open_shards(folder: Path, saved: Manifest, stack: ExitStack) -> dict[str, ShardReader]:
+def _open_shards(
+    folder: Path, saved: Manifest, stack: ExitStack, shown: Progress
+) -> dict[str, ShardReader]:
     """Opens every shard and verifies every byte."""
     sums: dict[str, dict[str, int]] = {name: {} for name in saved.shards}
     for param in saved.params:
@@ -263,7 +279,7 @@ def _open_shards(folder: Path, saved: Manifest, stack: ExitStack) -> dict[str, S
         shards[name] = ShardReader(folder / name, **facts)
         stack.callback(shards[name].close)
     for name, shard in shards.items():
-        shard.verify(sums[name])
+        shard.verify(sums[name], shown.advance)
     return shards
 
 
@@ -272,6 +288,7 @@ def _replace(
     groups: list[dict[str, Any]],
     found: Mapping[torch.Tensor, SavedParam],
     shards: Mapping[str, ShardReader],
+    shown: Progress,
 ) -> None:
     state = optimizer.state
     interchange.adopt_settings(optimizer, groups)
@@ -284,6 +301,8 @@ def _replace(
                 engine = optimizer._engine()
                 own = wanted_streams(engine.stored, entry.streams)
                 _load_entry(engine, entry, Source(entry, param, own, shards, summer, buffers))
+            if param is not None and _has_values(param):
+                shown.advance(sum(param.spec(stream).bytes for stream in param.streams))
             entry.visits = 0 if param is None else param.visits
     if any(entry.visits for group in optimizer._entries for entry in group):
         optimizer._engine()

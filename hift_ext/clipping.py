@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hift_ext.profiling import stage
+
 if TYPE_CHECKING:
     from hift_ext.ops import Row
     from hift_ext.optimizer import HiFTOptimizer
@@ -71,10 +73,11 @@ def clip(
     # Made anew for each step: a norm that the user keeps stays what it was.
     memory = torch.empty(2, dtype=torch.float64, device=optimizer._device)
     total, result = memory[0], memory[1:].view(torch.float32)
-    engine.sum_of_squares(rows, counts, total)
-    if optimizer._reduce_norm is not None:
-        optimizer._reduce_norm(total)
-    engine.write_clip(total, limit, 0 if scale is None else scale.data_ptr(), result)
+    with stage("norm"):
+        engine.sum_of_squares(rows, counts, total)
+        if optimizer._reduce_norm is not None:
+            optimizer._reduce_norm(total)
+        engine.write_clip(total, limit, 0 if scale is None else scale.data_ptr(), result)
     optimizer._grad_norm = result[0]
     if optimizer._options["error_if_nonfinite"]:
         _refuse_nonfinite(optimizer, result[0], found_inf)

@@ -85,6 +85,24 @@ class Freezer:
         self._claimed = []
 
 
+def freeze_inactive(optimizer: HiFTOptimizer, everywhere: bool) -> bool:
+    """Implements `HiFTOptimizer.freeze_inactive`."""
+    groups, freezer = optimizer._groups, optimizer._freezer
+    active, last = optimizer._schedule.active, optimizer._frozen_for
+    everywhere = everywhere or freezer.lifted
+    if optimizer._closed or len(groups) == 1 or (last == active and not everywhere):
+        return False
+    first = last < 0
+    if first:
+        freezer.claim(p for group in groups for p in group.params)
+    for index in range(len(groups)) if first or everywhere else (last,):
+        if index != active:
+            freezer.freeze(index, groups[index].params)
+    freezer.thaw(active)
+    optimizer._frozen_for, freezer.lifted = active, False
+    return first
+
+
 OTHER_OPEN = (
     "these parameters are driven by another HiFT optimizer that is still open: call its close(), "
     "or delete it, before making a second one on the same model"

@@ -18,17 +18,17 @@ from hift_ext.optimizer import HiFTOptimizer
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from hift_ext.trainer_callback import HiFTCallback
+    from hift_ext.trainer_callback import HiFTCallback, MonitorCallback
 
-__all__ = ["HiFTCallback", "TrainerOptimizer", "for_trainer", "watch"]
+__all__ = ["HiFTCallback", "MonitorCallback", "TrainerOptimizer", "for_trainer", "watch"]
 
 
 def __getattr__(name: str) -> Any:
-    # A subclass of transformers' class; it exists only where that is wanted.
-    if name == "HiFTCallback":
-        from hift_ext.trainer_callback import HiFTCallback
+    # Subclasses of transformers' class; they exist only where they are wanted.
+    if name in ("HiFTCallback", "MonitorCallback"):
+        from hift_ext import trainer_callback
 
-        return HiFTCallback
+        return getattr(trainer_callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -22,6 +22,7 @@ from hift_ext.paged_state import PagedState
 from hift_ext.schedule import checked_schedule
 from hift_ext.settings import members
 from hift_ext.sharding import local
+from hift_ext.totals import Totals
 from hift_ext.tree import say
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ def get_state(optimizer: HiFTOptimizer) -> dict[str, Any]:
     optimizer._check_open()
     # A scheduler puts a `step` of its own on the optimizer; in a copy it would step the original.
     hidden = {"state", "step", "_freezer", "_hook", "_turnstile", "_under_way", "_members"}
+    hidden |= {"_monitor", "_totals"}
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in hidden}
     with optimizer.state.masters():
         kept["saved_values"] = [
@@ -307,6 +309,7 @@ def set_state(optimizer: HiFTOptimizer, kept: dict[str, Any]) -> None:
     torch.optim.Optimizer.__setstate__(optimizer, kept)
     optimizer._hook = None
     optimizer._turnstile, optimizer._under_way = Turnstile(), None
+    optimizer._totals = Totals()
     optimizer._members = members(optimizer)
     optimizer._frozen_for = -1
     for p in frozen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from hift_ext.freezing import (
     FreezeHook,
     Freezer,
     check_member,
+    freeze_inactive,
     frozen_in_copy,
     other_keeper,
 )
@@ -32,8 +33,13 @@ from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, check_offered, checked
 from hift_ext.paged_state import Entry, PagedState
 from hift_ext.precision import Precision
+from hift_ext.profiling import stage
 from hift_ext.schedule import Schedule, make_order
+from hift_ext.totals import Totals, stats
 from hift_ext.update import quiet, update_group
+
+if TYPE_CHECKING:
+    from hift_ext.monitoring import Monitor
 
 log = logging.getLogger("hift_ext")
 
@@ -58,6 +64,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
     _grad_norm: torch.Tensor | None = None
     _reduce_norm: Reduce | None = None  # where gradients are sharded: see clipping.py
+    _monitor: Monitor | None = None
 
     # Set when the state is laid out, at the first step or load.
     _device: torch.device
@@ -128,7 +135,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         )
         self._entries: list[list[Entry]] = []  # by group
         layout.enter(self, [group.params for group in self._groups])
-        self._report = ops.Report()
+        self._report, self._totals = ops.Report(), Totals()
         self._notices = Notices()
         self._under_way: Step | None = None
         self._suspect: str | None = None  # a member of the active group that was replaced
@@ -172,19 +179,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         Returns:
             Whether this was the first time.
         """
-        active, last = self._schedule.active, self._frozen_for
-        everywhere = everywhere or self._freezer.lifted
-        if self._closed or len(self._groups) == 1 or (last == active and not everywhere):
-            return False
-        first = last < 0
-        if first:
-            self._freezer.claim(p for group in self._groups for p in group.params)
-        for index in range(len(self._groups)) if first or everywhere else (last,):
-            if index != active:
-                self._freezer.freeze(index, self._groups[index].params)
-        self._freezer.thaw(active)
-        self._frozen_for, self._freezer.lifted = active, False
-        return first
+        with stage("freeze"):
+            return freeze_inactive(self, everywhere)
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""
@@ -233,14 +229,16 @@ class HiFTOptimizer(torch.optim.Optimizer):
         ran since the step before, `hidden_ms` what of it cost nothing; `update_ms` the arithmetic.
         A GPU's times come late: they are of what was finished when the step was queued.
         """
-        report, engine = self._report, self.state.engine
-        return {
-            **report._asdict(),
-            "hidden_ms": max(0.0, report.transfer_ms - report.wait_ms),
-            "store_bytes": engine.store_bytes if engine else 0,
-            "staging_bytes": engine.staging_bytes if engine else 0,
-            "state_bytes": engine.touched_bytes if engine else 0,
-        }
+        return stats(self._report, self.state.engine)
+
+    def summary(self) -> dict[str, Any]:
+        """The same of all steps since the optimizer was made; copies and pickles begin anew.
+
+        `steps`, `passes` and the sums `bytes_in` and `bytes_out`; the `_ms` of a step under `mean`
+        and `worst`; under `groups` the same of each by `name`. A GPU's times come a step late: they
+        count to the group after theirs.
+        """
+        return self._totals.summary([group.name for group in self._groups], self.pass_index)
 
     # The step -----------------------------------------------------------------------------------
 
@@ -273,30 +271,31 @@ class HiFTOptimizer(torch.optim.Optimizer):
 
     def _take_turn(self, found_inf: torch.Tensor | None) -> None:
         self._check_open()
-        schedule = self._schedule
+        schedule, monitor = self._schedule, self._monitor
+        if monitor is not None:
+            monitor._step_begins()
         settings.check_unchanged(self, whole=schedule.latched is None)
         if self._suspect is not None and self._model is not None:
             check_member(self._model, self, self._suspect)
         if schedule.latched is None:
-            self._latch()
-        passes, engine = schedule.pass_index, self.state.engine
-        report = update_group(self, self._entries[schedule.active], found_inf)
+            settings.latch(self)
+        passes, engine, active = schedule.pass_index, self.state.engine, schedule.active
+        with stage("step", self._groups[active].name):
+            report = update_group(self, self._entries[active], found_inf)
         if report is None:
             self._notices.no_gradient(self._groups[self.active].name, passes)
             if engine is not None:
-                engine.prefetch(schedule.following)
+                with stage("prefetch"):
+                    engine.prefetch(schedule.following)
             pass_on(self, schedule.next())
         self._report = report or ops.Report()
+        self._totals.add(active, self._report)
+        if monitor is not None:
+            monitor._step_ended(active, passes)
         if schedule.pass_index != passes:
             self._notices.pass_ended()
         if self._model is None:
             self.freeze_inactive()
-
-    def _latch(self) -> None:
-        rates = settings.rates(self)
-        self._schedule.latch(rates)
-        if 0.0 in rates:
-            self._notices.zero_rate(self.pass_index)
 
     # State --------------------------------------------------------------------------------------
 

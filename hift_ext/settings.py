@@ -26,6 +26,18 @@ def rates(optimizer: HiFTOptimizer) -> list[float]:
     return [_rate(number, group.get("lr")) for number, group in enumerate(optimizer.param_groups)]
 
 
+def latch(optimizer: HiFTOptimizer) -> None:
+    """Takes the learning rates of this moment for the pass.
+
+    Raises:
+        ValueError: One is no finite number.
+    """
+    latched = rates(optimizer)
+    optimizer._schedule.latch(latched)
+    if 0.0 in latched:
+        optimizer._notices.zero_rate(optimizer.pass_index)
+
+
 def _rate(number: int, lr: Any) -> float:
     cause: Exception | None = None
     try:

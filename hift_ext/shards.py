@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,11 +256,14 @@ class ShardReader:
         """Reads a tensor's bytes from `begin` on."""
         self._read(data, self._places[key][0] + begin)
 
-    def verify(self, crc32: Mapping[str, int]) -> None:
+    def verify(
+        self, crc32: Mapping[str, int], read: Callable[[int], object] = lambda size: None
+    ) -> None:
         """Reads every tensor once.
 
         Args:
             crc32: The checksum each must have.
+            read: Is told of the bytes read, piece by piece.
 
         Raises:
             CheckpointError: One has another checksum, or is not there.
@@ -272,6 +275,7 @@ class ShardReader:
         sums = dict.fromkeys(crc32, 0)
         for key, data in ahead(self._pieces(sorted(crc32, key=lambda key: self._places[key]))):
             sums[key] = zlib.crc32(data, sums[key])
+            read(len(data))
         for key, expected in crc32.items():
             self.check(key, sums[key], expected)
 

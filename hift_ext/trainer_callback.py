@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 from typing import Any
 
 from transformers import TrainerCallback
 
+from hift_ext.monitoring import Monitor
 from hift_ext.optimizer import HiFTOptimizer
+from hift_ext.timeline import check_can_draw
 
 log = logging.getLogger("hift_ext")
 
+_OURS = {"step", "lr", "group", "pass"}  # of a monitor's line
 _AVERAGED = ("bytes_in", "bytes_out", "hidden_ms", "wait_ms", "update_ms")
 
 
@@ -39,16 +44,7 @@ class HiFTCallback(TrainerCallback):
         Raises:
             TypeError: The Trainer trains with another optimizer.
         """
-        optimizer = kwargs.get("optimizer")
-        while optimizer is not None and not isinstance(optimizer, HiFTOptimizer):
-            inner = getattr(optimizer, "optimizer", None)  # accelerate wraps optimizers
-            if inner is None:
-                raise TypeError(
-                    f"HiFTCallback reports on a HiFT optimizer, and the Trainer's is "
-                    f"{type(optimizer).__name__}: pass optimizers=(hift_ext.AdamW(model, ...), "
-                    "None) or optimizer_cls_and_kwargs=hift_ext.integrations.for_trainer(args)"
-                )
-            optimizer = inner
+        optimizer = _found(kwargs.get("optimizer"), type(self).__name__)
         if optimizer is None or optimizer is self._optimizer:
             return
         self._optimizer = optimizer
@@ -101,6 +97,85 @@ class HiFTCallback(TrainerCallback):
         # The Trainer has copied the row into its history already.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
+
+
+class MonitorCallback(TrainerCallback):
+    """`hift_ext.monitor` around the Trainer's training: see there for `path` and `plot`.
+
+    A step's line gets what the Trainer logs after it, such as `loss`. Only the first process
+    writes. The picture is drawn when the training ends, also by an error: then when the process
+    does. A training that begins anew (`auto_find_batch_size`) goes on behind the last one's lines.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        plot: str | os.PathLike[str] | None = None,
+        *,
+        append: bool = False,
+        window: int = 12,
+    ) -> None:
+        if plot is not None:
+            check_can_draw(plot)
+        self._path, self._plot = path, plot
+        self._append, self._window = append, window
+        self.monitor: Monitor | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins to watch the optimizer.
+
+        Raises:
+            FileExistsError: The log exists, and `append` does not say to go on.
+            TypeError: The Trainer trains with another optimizer.
+        """
+        optimizer = _found(kwargs.get("optimizer"), type(self).__name__)
+        if optimizer is None or not state.is_world_process_zero:
+            return
+        self._end()
+        self.monitor = Monitor(
+            optimizer, self._path, plot=self._plot, append=self._append, window=self._window
+        )
+        self.monitor.__enter__()
+        self._append = True
+        atexit.register(self._end)  # the Trainer does not tell of a training that failed
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Hands on what was logged with a loss."""
+        if self.monitor is None or logs is None or "loss" not in logs:
+            return
+        kinds = (bool, int, float, str)
+        names = [n for n, v in logs.items() if n not in _OURS and isinstance(v, kinds)]
+        self.monitor.tell(**{n: logs[n] for n in names if not n.startswith("hift/")})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the log and draws."""
+        self._end()
+
+    def _end(self) -> None:
+        atexit.unregister(self._end)
+        monitor, self.monitor = self.monitor, None
+        if monitor is not None:
+            monitor.__exit__(None, None, None)
+
+
+def _found(optimizer: Any, asking: str) -> HiFTOptimizer | None:
+    """The HiFT optimizer under what accelerate wraps around it; None where there is none yet.
+
+    Raises:
+        TypeError: It is another optimizer.
+    """
+    while optimizer is not None and not isinstance(optimizer, HiFTOptimizer):
+        inner = getattr(optimizer, "optimizer", None)  # accelerate wraps optimizers
+        if inner is None:
+            raise TypeError(
+                f"{asking} reports on a HiFT optimizer, and the Trainer's is "
+                f"{type(optimizer).__name__}: pass optimizers=(hift_ext.AdamW(model, ...), "
+                "None) or optimizer_cls_and_kwargs=hift_ext.integrations.for_trainer(args)"
+            )
+        optimizer = inner
+    return optimizer
 
 
 def _choice(optimizer: HiFTOptimizer, clipped_at: float | None) -> str:

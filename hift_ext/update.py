@@ -20,6 +20,7 @@ from hift_ext.booking import Step, book
 from hift_ext.clipping import clip
 from hift_ext.distributed import all_reduce_sum
 from hift_ext.paged_state import Entry, Turn
+from hift_ext.profiling import stage
 from hift_ext.settings import folded
 from hift_ext.sharding import first_element, is_sharded, local, place_gradient
 
@@ -75,9 +76,9 @@ def update_group(
         schedule.next(),
         None if known else found_inf,
     )
-    report = engine.step(
-        schedule.active, work.rows, hypers, scalars, schedule.following, step.done, draws
-    )
+    turn = schedule.active, work.rows, hypers, scalars, schedule.following
+    with stage("update"):
+        report = engine.step(*turn, step.done, draws)
     del tensors  # on a GPU their memory is used again in stream order, after the kernel
     book(optimizer)
     return report

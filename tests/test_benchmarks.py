@@ -136,6 +136,25 @@ def test_clip(tmp_path: Path) -> None:
         assert found == {"hift", "ceiling"} | peers
 
 
+def test_monitor(tmp_path: Path) -> None:
+    result = run("bench_monitor.py", tmp_path, "--quick")
+    small, demo = result["rows"]
+    assert [row["model"] for row in result["rows"]] == ["small", "minilm"]
+    for row in result["rows"]:
+        samples = row["samples"]
+        assert {len(samples[way]) for way in ("off", "on")} == {row["rounds"]} == {3}
+        assert row["steps"] % row["groups"] == 0  # whole passes: groups take different times
+        for way in ("off", "on"):
+            assert row[f"{way}_ms"] == pytest.approx(1e3 * sorted(samples[way])[1])
+        ratios = [on / off for off, on in zip(samples["off"], samples["on"], strict=True)]
+        assert row["ratio"] == pytest.approx(sorted(ratios)[1])
+    assert result["cost_us"] == small["cost_us"]
+    share = small["cost_us"] / 1e3 / demo["off_ms"]
+    assert result["share_of_demo_step"] == pytest.approx(share)
+    assert 0 < result["stages_us"] < 100
+    assert 0 < result["totals_us"] < 100
+
+
 def test_precision(tmp_path: Path) -> None:
     result = run("bench_precision.py", tmp_path, "--quick")
     rows = {row["way"]: row for row in result["rows"]}

@@ -24,7 +24,7 @@ MOVED = {f"paging/{name}.h" for name in ("mover", "host_mover", "store", "page_t
 LAYERS: dict[str, set[str]] = {
     "bind": {"bind", "engine", "paging", "cpu", "cuda", "core"},
     "engine": {"engine", "paging", "cpu", "cuda", "core"},
-    "paging": {"paging", "core/check.h"},
+    "paging": {"paging", "core/check.h", "core/intervals.h"},
     "cpu": {"cpu", "core", "rules"},
     "cuda": {"cuda", "core", "rules"},
     "cuda/mover": {"cuda", "core", "rules", *MOVED},

@@ -58,7 +58,7 @@ void DeviceMover::write_back(const Page& page, int slot, void* stream) {
 
 void DeviceMover::send(const Page& page, int slot) {
   try {
-    ring_.copy_out(slot, parts(page, slot));
+    ring_.copy_out(page, slot, parts(page, slot));
     go_on(page, slot);
   } catch (...) {
     failures_.insert_or_assign(slot,
@@ -132,7 +132,7 @@ void RamMover::fetch(const Page& page, int slot) {
   check_saved(page);
   registry_.add(store_, table_, page.group);
   const auto from = left_from_.find(page.index);
-  ring_.copy_in(slot, record(page), from == left_from_.end() ? -1 : from->second);
+  ring_.copy_in(page, slot, record(page), from == left_from_.end() ? -1 : from->second);
 }
 
 }  // namespace hift::cuda

@@ -40,6 +40,7 @@ class DeviceMover : public Mover {
   void drain() override;
   double take_busy_ms() override;
   double take_wait_ms() override;
+  void log_to(IntervalLog& log) override { ring_.log_to(log); }
   void fill(int slot, std::int64_t offset, std::int64_t count, const hift::Stream& pattern,
             void* stream) override;
   void peek(int slot, std::int64_t offset, std::int64_t bytes, std::byte* to) override;
@@ -102,6 +103,7 @@ class FileMover final : public DeviceMover {
   std::int64_t unsaved(int slot) const override;
   void drain() override;
   double take_busy_ms() override;
+  void log_to(IntervalLog& log) override;
 
  private:
   std::vector<DeviceRing::Part> parts(const Page& page, int slot) override;

@@ -17,7 +17,7 @@ FileMover::FileMover(Store& store, const PageTable& table, const RingMemory& rin
     ring_.wait_in(slot);
   };
   hooks.after_read = [this](const Page& page, int slot) {
-    ring_.copy_in(slot, parts(page, slot), -1);
+    ring_.copy_in(page, slot, parts(page, slot), -1);
   };
   hooks.before_write = [this](const Page&, int slot) {
     // The record is still being copied from the device to the pinned slot.
@@ -87,6 +87,11 @@ void FileMover::drain() {
   host_->drain();
   // What they started is under way.
   DeviceMover::drain();
+}
+
+void FileMover::log_to(IntervalLog& log) {
+  DeviceMover::log_to(log);
+  host_->log_to(log, Interval::Kind::kRead, Interval::Kind::kWrite);
 }
 
 double FileMover::take_busy_ms() {

@@ -20,6 +20,13 @@ void give_up(cudaStream_t stream) {
   cudaGetLastError();
 }
 
+Interval copy_of(const Page& page, Interval::Kind kind,
+                 const std::vector<DeviceRing::Part>& parts) {
+  Interval copy{kind, page.group, page.index};
+  for (const DeviceRing::Part& p : parts) copy.bytes += p.bytes;
+  return copy;
+}
+
 }  // namespace
 
 DeviceRing::DeviceRing(std::byte* memory, int slots, std::int64_t slot_bytes, int device)
@@ -43,7 +50,7 @@ void DeviceRing::finish() noexcept {
   for (const Stream* stream : {&in_, &out_, &aside_}) cudaStreamSynchronize(stream->get());
 }
 
-void DeviceRing::copy_in(int slot, const std::vector<Part>& parts, int after) {
+void DeviceRing::copy_in(const Page& page, int slot, const std::vector<Part>& parts, int after) {
   const DeviceGuard guard(device_);
   const std::lock_guard<std::mutex> lock(mutex_);
   Slot& s = slots_[slot];
@@ -58,7 +65,7 @@ void DeviceRing::copy_in(int slot, const std::vector<Part>& parts, int after) {
     s.left.hold(in_.get());
     // The page's own last bytes are still on their way to the host, out of another slot.
     if (after >= 0) slots_[after].left.hold(in_.get());
-    copies_.time(in_.get(), [&] {
+    copies_.time(in_.get(), copy_of(page, Interval::Kind::kIn, parts), [&] {
       for (const Part& p : parts) {
         check(cudaMemcpyAsync(address(slot) + p.offset, p.host, static_cast<std::size_t>(p.bytes),
                               cudaMemcpyHostToDevice, in_.get()),
@@ -82,7 +89,7 @@ void DeviceRing::hand_over(int slot, cudaStream_t stream) {
     s.used.record(s.stream);
     s.used.hold(stream);
   }
-  waits_.time(stream, [&] {
+  waits_.time(stream, {Interval::Kind::kWait}, [&] {
     // The page's bytes are on their way in.
     s.arrived.hold(stream);
     // The bytes that are about to change are still on their way out.
@@ -92,7 +99,7 @@ void DeviceRing::hand_over(int slot, cudaStream_t stream) {
   s.in_use = true;
 }
 
-void DeviceRing::copy_out(int slot, const std::vector<Part>& parts) {
+void DeviceRing::copy_out(const Page& page, int slot, const std::vector<Part>& parts) {
   const DeviceGuard guard(device_);
   const std::lock_guard<std::mutex> lock(mutex_);
   Slot& s = slots_[slot];
@@ -103,7 +110,7 @@ void DeviceRing::copy_out(int slot, const std::vector<Part>& parts) {
   s.arrived.hold(out_.get());
   // Where CUDA refuses a part, those before it still go: the caller keeps the slot as it is until
   // all have gone again, behind them on the same stream.
-  copies_.time(out_.get(), [&] {
+  copies_.time(out_.get(), copy_of(page, Interval::Kind::kOut, parts), [&] {
     for (const Part& p : parts) {
       check(cudaMemcpyAsync(p.host, address(slot) + p.offset, static_cast<std::size_t>(p.bytes),
                             cudaMemcpyDeviceToHost, out_.get()),
@@ -208,5 +215,11 @@ double DeviceRing::take_copy_ms() {
 }
 
 double DeviceRing::take_wait_ms() { return waits_.take_ms(); }
+
+void DeviceRing::log_to(IntervalLog& log) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  copies_.log_to(log);
+  waits_.log_to(log);
+}
 
 }  // namespace hift::cuda

@@ -35,14 +35,15 @@ class DeviceRing {
   std::int64_t slot_bytes() const { return slot_bytes_; }
   int slots() const { return static_cast<int>(slots_.size()); }
 
-  /// Starts copies into `slot`, after those out of `after` (-1: no other slot).
-  void copy_in(int slot, const std::vector<Part>& parts, int after);
+  /// Starts copies of `page` into `slot`, after those out of `after` (-1: no other slot).
+  void copy_in(const Page& page, int slot, const std::vector<Part>& parts, int after);
 
   /// The slot is used by work on `stream`.
   void follow(int slot, cudaStream_t stream) { slots_[slot].stream = stream; }
 
-  /// Starts copies out of `slot`, behind the work queued so far on the stream that uses it.
-  void copy_out(int slot, const std::vector<Part>& parts);
+  /// Starts copies of `page` out of `slot`, behind the work queued so far on the stream that uses
+  /// it.
+  void copy_out(const Page& page, int slot, const std::vector<Part>& parts);
 
   /// Work that follows on `stream` finds in the slot what was copied in, and may change it.
   void hand_over(int slot, cudaStream_t stream);
@@ -65,6 +66,7 @@ class DeviceRing {
 
   double take_copy_ms();  // copies were under way
   double take_wait_ms();  // work handed a slot stood still for it
+  void log_to(IntervalLog& log);
 
  private:
   struct Slot {

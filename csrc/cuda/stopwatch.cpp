@@ -6,6 +6,13 @@
 #include <algorithm>
 
 namespace hift::cuda {
+namespace {
+
+Clock::duration duration_of(double ms) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double, std::milli>(ms));
+}
+
+}  // namespace
 
 Event Stopwatch::spare() {
   if (spare_.empty()) return Event(device_, Event::Kind::kTime);
@@ -14,7 +21,7 @@ Event Stopwatch::spare() {
   return event;
 }
 
-void Stopwatch::begin(cudaStream_t stream) noexcept {
+void Stopwatch::begin(cudaStream_t stream, const Interval& what) noexcept {
   begun_.clear();
   try {
     if (anchor_.empty()) {
@@ -22,7 +29,7 @@ void Stopwatch::begin(cudaStream_t stream) noexcept {
       now.record(stream);
       anchor_.push_back(std::move(now));
     }
-    Stretch stretch{spare(), spare()};
+    Stretch stretch{spare(), spare(), what};
     stretch.begin.record(stream);
     begun_.push_back(std::move(stretch));
   } catch (...) {
@@ -51,6 +58,22 @@ double Stopwatch::take_ms() noexcept {
   }
 }
 
+/// Finds the anchor on the host's clock, by an event on a stream without work. The anchor has
+/// passed.
+void Stopwatch::find_anchor() {
+  const Stream idle(device_);
+  Event now = spare();
+  const auto before = Clock::now();
+  now.record(idle.get());
+  // Nothing is queued before it: the host waits for the event alone, once.
+  now.wait();
+  const auto after = Clock::now();
+  const double ms = now.ms_since(anchor_.front());
+  anchor_at_ = before + (after - before) / 2 - duration_of(ms);
+  found_ = true;
+  spare_.push_back(std::move(now));
+}
+
 double Stopwatch::told_ms() {
   struct Times {
     double begin, end;
@@ -63,6 +86,15 @@ double Stopwatch::told_ms() {
     done.push_back({s.begin.ms_since(anchor), s.end.ms_since(anchor), done.size()});
   }
   const std::size_t ended = done.size();
+  const bool telling = log_ != nullptr && log_->on();
+  if (telling && !found_ && ended > 0) find_anchor();
+  for (const Times& t : done) {
+    if (!telling) break;
+    Interval interval = stretches_[t.of].what;
+    interval.begin = anchor_at_ + duration_of(t.begin);
+    interval.end = anchor_at_ + duration_of(t.end);
+    log_->add(interval);
+  }
   std::sort(done.begin(), done.end(),
             [](const Times& a, const Times& b) { return a.begin < b.begin; });
   double ms = 0, told = 0;  // from the anchor on
@@ -73,7 +105,10 @@ double Stopwatch::told_ms() {
     told = t.end;
     last = t.of;
   }
-  if (last < ended) std::swap(anchor_.front(), stretches_[last].end);
+  if (last < ended) {
+    std::swap(anchor_.front(), stretches_[last].end);
+    anchor_at_ += duration_of(told);
+  }
   for (std::size_t i = 0; i < ended; ++i) {
     spare_.push_back(std::move(stretches_.front().begin));
     spare_.push_back(std::move(stretches_.front().end));

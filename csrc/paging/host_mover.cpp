@@ -20,8 +20,6 @@
 namespace hift {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 double ms_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double, std::milli>(to - from).count();
 }
@@ -77,6 +75,8 @@ struct HostMover::State {
   int running = 0;
   Clock::time_point busy_since;
   double busy_ms = 0;
+  IntervalLog* log = nullptr;
+  Interval::Kind kinds[2] = {};  // of fetches, of write-backs
   std::vector<std::thread> threads;
 };
 
@@ -118,8 +118,16 @@ void HostMover::State::work(bool out) {
     std::exception_ptr error = queue.doomed(ticket);
     if (!error) {
       if (running++ == 0) busy_since = Clock::now();
+      IntervalLog* const to = log != nullptr && log->on() ? log : nullptr;
       lock.unlock();
+      Interval interval{kinds[out], copy.page.group, copy.page.index,
+                        table.record_bytes(copy.page)};
+      if (to != nullptr) interval.begin = Clock::now();
       error = run(copy);
+      if (to != nullptr) {
+        interval.end = Clock::now();
+        to->add(interval);
+      }
       lock.lock();
       if (--running == 0) busy_ms += ms_between(busy_since, Clock::now());
     }
@@ -210,7 +218,11 @@ double HostMover::await(int slot, void* /*stream*/) {
   const bool stood = !state_->queue.idle(slot);
   state_->copy_ended.wait(lock, [&] { return state_->queue.idle(slot); });
   if (const auto error = state_->queue.error(slot)) std::rethrow_exception(error);
-  return stood ? ms_between(start, Clock::now()) : 0;
+  if (!stood) return 0;
+  const auto end = Clock::now();
+  IntervalLog* const log = state_->log;
+  if (log != nullptr && log->on()) log->add({Interval::Kind::kWait, -1, -1, 0, start, end});
+  return ms_between(start, end);
 }
 
 void HostMover::wait(int slot) { await(slot, nullptr); }
@@ -241,6 +253,13 @@ void HostMover::drain() {
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->copy_ended.wait(lock, [&] { return state_->queue.idle(); });
   if (const auto error = state_->queue.first_error()) std::rethrow_exception(error);
+}
+
+void HostMover::log_to(IntervalLog& log, Interval::Kind in, Interval::Kind out) {
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->log = &log;
+  state_->kinds[0] = in;
+  state_->kinds[1] = out;
 }
 
 double HostMover::take_busy_ms() {

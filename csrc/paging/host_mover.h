@@ -43,6 +43,8 @@ class HostMover final : public Mover {
   std::int64_t unsaved(int slot) const override;
   void drain() override;
   double take_busy_ms() override;
+  void log_to(IntervalLog& log) override { log_to(log, Interval::Kind::kIn, Interval::Kind::kOut); }
+  void log_to(IntervalLog& log, Interval::Kind in, Interval::Kind out);
 
  private:
   struct State;

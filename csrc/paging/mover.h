@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/intervals.h"
 #include "paging/page_table.h"
 
 namespace hift {
@@ -63,6 +64,9 @@ class Mover {
   /// Milliseconds that work on compute streams stood still for pages, as far as they are known and
   /// were not told before. Where the host waits instead, `await` tells.
   virtual double take_wait_ms() { return 0; }
+
+  /// Copies and waits go to `log` as well, which outlives the mover. Before the first copy.
+  virtual void log_to(IntervalLog& /*log*/) {}
 
   // The bytes of a slot with nothing under way. As they stand here, for slots in host memory.
 
