@@ -223,7 +223,8 @@ class ShardReader:
         except FileNotFoundError:
             raise CheckpointError(f"the shard {path} is missing") from None
         try:
-            found = os.fstat(self._file).st_size
+            self._opened = os.fstat(self._file)
+            found = self._opened.st_size
             if found != size:
                 what = "truncated" if found < size else "not the file that was saved"
                 raise CheckpointError(f"the shard {path} is {what}: {found} bytes, not {size}")
@@ -245,6 +246,16 @@ class ShardReader:
         """Closes the file."""
         os.close(self._file)
 
+    def check_unchanged(self) -> None:
+        """Whether nobody has written to the file since it was opened.
+
+        Raises:
+            CheckpointError: Somebody has.
+        """
+        now, then = os.fstat(self._file), self._opened
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise CheckpointError(f"the shard {self.path} was changed while it was read")
+
     def _read(self, data: memoryview, offset: int) -> None:
         while data:
             count = os.preadv(self._file, [data], offset)
@@ -256,6 +267,16 @@ class ShardReader:
         """Reads a tensor's bytes from `begin` on."""
         self._read(data, self._places[key][0] + begin)
 
+    def check_present(self, keys: Iterable[str]) -> None:
+        """Whether these tensors are in it.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        absent = sorted(set(keys) - self._places.keys())
+        if absent:
+            raise CheckpointError(f"the shard {self.path} holds no {absent[0]!r}")
+
     def verify(self, crc32: Mapping[str, int]) -> None:
         """Reads every tensor once.
 
@@ -263,11 +284,8 @@ class ShardReader:
             crc32: The checksum each must have.
 
         Raises:
-            CheckpointError: One has another checksum, or is not there.
+            CheckpointError: One has another checksum.
         """
-        absent = sorted(crc32.keys() - self._places.keys())
-        if absent:
-            raise CheckpointError(f"the shard {self.path} holds no {absent[0]!r}")
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         sums = dict.fromkeys(crc32, 0)
         for key, data in ahead(self._pieces(sorted(crc32, key=lambda key: self._places[key]))):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hift_ext
-from hift_ext import checkpoint, manifest, shards
+from hift_ext import checkpoint, loading, manifest, shards
 
 STORES = ("ram", "disk", "device")
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -134,7 +134,7 @@ def test_shards_are_safetensors_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(shards, "BUFFER_BYTES", 4096)
     monkeypatch.setattr(checkpoint, "_STEP", 1024)
-    monkeypatch.setattr(checkpoint, "_LOAD_STEP", 700)
+    monkeypatch.setattr(loading, "LOAD_STEP", 700)
     model, optimizer = make()
     models.train(model, optimizer, models.batches(9))
     hift_ext.save(optimizer, tmp_path / "saved")

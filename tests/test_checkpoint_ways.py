@@ -10,11 +10,11 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_checkpoint import STORES, everything, make, same
+from test_checkpoint import STORES, everything, same
 from torch import nn
 
 import hift_ext
-from hift_ext import checkpoint, precision
+from hift_ext import loading, precision
 
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"master": "fp32"},
@@ -78,7 +78,7 @@ def masters(model, optimizer) -> dict[int, torch.Tensor]:
     [("8bit", "split"), ("split", "fp32"), ("fp32", "split"), ("bf16", "8bit"), ("bare", "fp32")],
 )
 def test_state_is_converted(saved, kept, store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "_LOAD_STEP", 512)  # several pieces a parameter
+    monkeypatch.setattr(loading, "LOAD_STEP", 512)  # several pieces a parameter
     model, optimizer = bf16(saved)
     models.train(model, optimizer, models.batches(6))
     hift_ext.save(optimizer, tmp_path / "saved")
@@ -162,11 +162,3 @@ def test_what_cannot_be_converted_says_so(tmp_path) -> None:
     with pytest.raises(ValueError, match="'8bit' is not offered for adagrad"):
         hift_ext.load(coded, tmp_path / "adagrad")
     assert coded.state.engine is None
-
-
-def test_sharded_parameters_are_refused(tmp_path) -> None:
-    _, optimizer = make()
-    optimizer._sharded = True
-    for call in (hift_ext.save, hift_ext.load):
-        with pytest.raises(RuntimeError, match=r"use torch\.distributed\.checkpoint"):
-            call(optimizer, tmp_path / "saved")
