@@ -283,6 +283,7 @@ class _Saving:
         self._manifest.write(self._work.folder)
         check_files(self._target)
         self._work.publish()
+        self._stack.close()  # what fails here the others are told, too
 
 
 def _specs(home: _Home) -> list[TensorSpec]:
