@@ -246,7 +246,7 @@ class _Saving:
                 self._write_shard(shard, batch)
             for home in batch:
                 for stream, (key, _, _) in zip(home.param.streams, _specs(home), strict=True):
-                    piece = Piece(name, key, home.begin, home.count, shard.crc32[key])
+                    piece = Piece(name, key, home.begin, home.count, shard.xxh3(key))
                     pieces.append((home.param.index, stream.name, piece))
             shards[name] = {
                 "size": shard.size,

@@ -7,11 +7,11 @@ A piece of one parameter at a time; what is read is compared with its checksum o
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from typing import Any
 
 import torch
+import xxhash
 
 from hift_ext import precision
 from hift_ext.manifest import Piece, SavedParam, SavedStream
@@ -84,8 +84,7 @@ class Source:
         param: What was saved; None: the state that `entry` starts from.
         wanted: The streams that `entry` has.
         shards: The open shards by name.
-        summer: One thread, for checksums: a stream's pieces stay in order.
-        buffers: Of all parameters, one after the other: two for scales and two for others.
+        buffers: Of all parameters, one after the other: one for scales and one for others.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class Source:
         param: SavedParam | None,
         wanted: Sequence[Wanted],
         shards: Mapping[str, ShardReader],
-        summer: Executor,
-        buffers: dict[tuple[bool, int], torch.Tensor],
+        buffers: dict[bool, torch.Tensor],
     ) -> None:
         self._entry, self._param, self._shards = entry, param, shards
         self._wanted = wanted
@@ -104,12 +102,8 @@ class Source:
         self._first = first_element(entry.param)
         # Of each tensor what was read from its beginning on without a gap, or -1, and the sum.
         self._next: dict[_Place, int] = {}
-        self._sums: dict[_Place, int] = {}
-        self._summer = summer
+        self._sums: dict[_Place, Any] = {}
         self._buffers = buffers
-        # In turns, each with the sums that still read it.
-        self._busy: dict[tuple[bool, int], list[Future[None]]] = {}
-        self._turns = {False: 0, True: 0}
         self._weights: torch.Tensor | None = None
         # Where strides differ, a piece is the whole parameter.
         self.whole = param is not None and not (
@@ -136,30 +130,23 @@ class Source:
         Raises:
             CheckpointError: One is not.
         """
-        for busy in self._busy.values():
-            for future in busy:
-                future.result()
         known = set()
         for stream in self._saved.values():
             for piece in stream.pieces:
                 place = piece.shard, piece.key
                 if self._next.get(place) == stream.nbytes(piece.count):
-                    self._shards[piece.shard].check(piece.key, self._sums[place], piece.crc32)
+                    found = self._sums[place].hexdigest()
+                    self._shards[piece.shard].check(piece.key, found, piece.xxh3)
                     known.add(place)
         return known
 
-    def _room(self, stream: SavedStream, count: int) -> tuple[torch.Tensor, list[Future[None]]]:
-        """A buffer that is good until the next but one, and a list for the sums that read it."""
+    def _room(self, stream: SavedStream, count: int) -> torch.Tensor:
+        """A buffer for stored values, which is good until the next."""
         apart, size = stream.name.endswith(".scale"), stream.nbytes(count)
-        self._turns[apart] ^= 1
-        place = apart, self._turns[apart]
-        for future in self._busy.pop(place, []):
-            future.result()
-        buffer = self._buffers.get(place)
+        buffer = self._buffers.get(apart)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[place] = torch.empty(size, dtype=torch.uint8, device="cpu")
-        busy = self._busy[place] = []
-        return buffer[:size].view(stream.dtype), busy
+            buffer = self._buffers[apart] = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return buffer[:size].view(stream.dtype)
 
     def _overlaps(
         self, stream: SavedStream, begin: int, count: int
@@ -172,25 +159,18 @@ class Source:
                 yield piece, low, high
 
     def _read(self, stream: SavedStream, begin: int, count: int) -> torch.Tensor:
-        """Saved values, in the order saved, in a buffer that is good until the next but one."""
-        value, busy = self._room(stream, count)
+        """Saved values, in the order saved, in a buffer that is good until the next."""
+        value = self._room(stream, count)
         if not stream.pieces:
             return value.fill_(stream.fill)
         data, done = bytes_of(value), 0
         for piece, low, high in self._overlaps(stream, begin, count):
             size = stream.nbytes(high - low)
-            self._pull(stream, piece, low - piece.begin, data[done : done + size], busy)
+            self._pull(stream, piece, low - piece.begin, data[done : done + size])
             done += size
         return value
 
-    def _pull(
-        self,
-        stream: SavedStream,
-        piece: Piece,
-        begin: int,
-        data: memoryview,
-        busy: list[Future[None]],
-    ) -> None:
+    def _pull(self, stream: SavedStream, piece: Piece, begin: int, data: memoryview) -> None:
         """Reads values of a piece, from its `begin`-th element on."""
         place, at = (piece.shard, piece.key), stream.nbytes(begin)
         self._shards[piece.shard].read(piece.key, at, data)
@@ -198,10 +178,7 @@ class Source:
             self._next[place] = -1
             return
         self._next[place] = at + len(data)
-        busy.append(self._summer.submit(self._sum, place, data))
-
-    def _sum(self, place: _Place, data: memoryview) -> None:
-        self._sums[place] = zlib.crc32(data, self._sums.get(place, 0))
+        self._sums.setdefault(place, xxhash.xxh3_64()).update(data)
 
     def _same_blocks(self, stream: SavedStream) -> bool:
         """Whether the entry's blocks of 8-bit codes are the saved ones."""
@@ -226,8 +203,8 @@ class Source:
             elements = high - piece.begin - first
             read = []
             for stream, source in ((codes, piece), (scales, scale_piece)):
-                room, busy = self._room(stream, elements)
-                self._pull(stream, source, first, bytes_of(room), busy)
+                room = self._room(stream, elements)
+                self._pull(stream, source, first, bytes_of(room))
                 read.append(room)
             to = torch.empty(elements, dtype=torch.float32, device="cpu")
             precision.decoded(read[0], read[1], to, self._signed(stored))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +66,11 @@ class Loading:
         self._schedule = checked_schedule(self._groups[0].get("hift"))
         self._found = _found(optimizer, self._groups, members, saved)
         self.fresh = optimizer.state.engine is None
-        self._sums: dict[str, dict[str, int]] = {name: {} for name in saved.shards}
+        self._sums: dict[str, dict[str, str]] = {name: {} for name in saved.shards}
         for param in saved.params:
             for stream in param.streams:
                 for piece in stream.pieces:
-                    self._sums[piece.shard][piece.key] = piece.crc32
+                    self._sums[piece.shard][piece.key] = piece.xxh3
         self._shards: dict[str, ShardReader] = {}
         for name, facts in saved.shards.items():
             self._shards[name] = ShardReader(folder / name, **facts)
@@ -92,7 +91,7 @@ class Loading:
         mine = team.ranks.index(team.rank)
         for number, (name, sums) in enumerate(self._sums.items()):
             if number % len(team.ranks) == mine:
-                left = {key: crc for key, crc in sums.items() if (name, key) not in known}
+                left = {key: xxh3 for key, xxh3 in sums.items() if (name, key) not in known}
                 self._shards[name].verify(left)
 
     def replace(self) -> set[tuple[str, str]]:
@@ -107,18 +106,17 @@ class Loading:
         """
         optimizer, state = self._optimizer, self._optimizer.state
         interchange.adopt_settings(optimizer, self._groups)
-        buffers: dict[tuple[bool, int], torch.Tensor] = {}
+        buffers: dict[bool, torch.Tensor] = {}
         verified = set()
-        with ThreadPoolExecutor(1) as summer:
-            for entry in (entry for group in optimizer._entries for entry in group):
-                param = self._found.get(entry.param)
-                known = state.engine is not None and (entry.visits > 0 or entry.param in state)
-                if known or (param is not None and _has_values(param)):
-                    engine = optimizer._engine()
-                    own = wanted_streams(engine.stored, entry.streams)
-                    source = Source(entry, param, own, self._shards, summer, buffers)
-                    verified |= _load_entry(engine, entry, source)
-                entry.visits = 0 if param is None else param.visits
+        for entry in (entry for group in optimizer._entries for entry in group):
+            param = self._found.get(entry.param)
+            known = state.engine is not None and (entry.visits > 0 or entry.param in state)
+            if known or (param is not None and _has_values(param)):
+                engine = optimizer._engine()
+                own = wanted_streams(engine.stored, entry.streams)
+                source = Source(entry, param, own, self._shards, buffers)
+                verified |= _load_entry(engine, entry, source)
+            entry.visits = 0 if param is None else param.visits
         if any(entry.visits for group in optimizer._entries for entry in group):
             optimizer._engine()
         for shard in self._shards.values():

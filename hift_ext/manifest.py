@@ -41,14 +41,14 @@ class Piece:
         key: The tensor in it.
         begin: The first element; blocks of 8-bit codes are counted from it.
         count: Elements.
-        crc32: Checksum of the tensor's bytes.
+        xxh3: Checksum of the tensor's bytes (XXH3, 64 bits, in hexadecimal digits).
     """
 
     shard: str
     key: str
     begin: int
     count: int
-    crc32: int
+    xxh3: str
 
 
 @dataclass
