@@ -145,6 +145,19 @@ def test_each_rank_writes_its_rows(ranks, tmp_path) -> None:
     assert scale not in files[1]
 
 
+@pytest.mark.parametrize("cuts", [[(0, 4)], [(0, 4), (3, 3)], [(4, 2)], [(0, 3), (4, 2)], [(0, 7)]])
+def test_parts_that_do_not_make_up_a_parameter_are_not_published(cuts) -> None:
+    stream = manifest.SavedStream("sum", torch.float32, 1, 1, 0.0)
+    param = manifest.SavedParam(3, "w", torch.float32, (6,), (1,), 1, [stream])
+    whole_one = manifest.Manifest("SGD", [], [param])
+    manifest.check_tiled(whole_one)  # no values
+    stream.pieces = [manifest.Piece("", "", *cut, "") for cut in ((0, 4), (4, 2))]
+    manifest.check_tiled(whole_one)
+    stream.pieces = [manifest.Piece("", "", *cut, "") for cut in cuts]
+    with pytest.raises(RuntimeError, match=r"of sum of parameter 3 \('w'\) are not the whole"):
+        manifest.check_tiled(whole_one)
+
+
 # 8-bit state --------------------------------------------------------------------------------------
 
 
