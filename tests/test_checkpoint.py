@@ -295,7 +295,7 @@ def test_what_is_damaged_is_named_and_changes_nothing(damage, tmp_path) -> None:
         hift_ext.load(optimizer, tmp_path / "saved")
     assert same(everything(optimizer), before)
     for store in ("ram", "disk"):
-        model, new = make(store=store, order="random")
+        model, new = make(store=store, order="random", lr=0.5)
         before = everything(new)
         with pytest.raises(hift_ext.CheckpointError, match=message):
             hift_ext.load(new, tmp_path / "saved")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
 import hift_ext
-from hift_ext import loading
+from hift_ext import loading, manifest
 
 END = 14
 ORDER = {"order": "random", "seed": 1}

@@ -219,6 +219,6 @@ def test_another_process_recovers_at_the_same_time(tmp_path, monkeypatch) -> Non
         real(*names)
 
     monkeypatch.setattr(os, "rename", rename)
-    again, resumed = make(seed=1)
+    _, resumed = make(seed=1)
     hift_ext.load(resumed, target)
     assert same(everything(resumed), everything(optimizer))
