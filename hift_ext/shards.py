@@ -2,7 +2,7 @@
 """Safetensors files that are written and read a piece at a time, with checksums of every byte.
 
 The safetensors library wants all tensors in memory; here a tensor passes through small buffers.
-Data is summed by XXH3, which takes a tenth of the time that a copy takes; the small headers by CRC.
+Data is summed by XXH3, in a fraction of the time that a copy takes; the small headers by CRC-32.
 """
 
 from __future__ import annotations
