@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # What a checkpoint costs beside moving as many bytes plainly: a sequential write that waits for the
-# disk, and a sequential read that finds nothing in memory, on the same file system, in turns.
+# disk, and a sequential read that finds nothing in memory, on the same file system, in turns. State
+# that is loaded into host memory for the first time is compared with a read into new memory.
 """`python benchmarks/bench_checkpoint.py --json FILE --plot FILE.png`."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import shutil
@@ -54,6 +56,18 @@ def plain_read(path: Path, data: memoryview) -> None:
     os.close(handle)
 
 
+def read_into_new_memory(path: Path, size: int) -> None:
+    """Reads a file to memory that the system has yet to give."""
+    memory = mmap.mmap(-1, size)
+    data = memoryview(memory)
+    handle = os.open(path, os.O_RDONLY)
+    for begin in range(0, size, BLOCK):
+        os.readv(handle, [data[begin : begin + BLOCK]])
+    os.close(handle)
+    data.release()
+    memory.close()
+
+
 def plain_copy(source: Path, target: Path, data: memoryview) -> None:
     """What saving from a page file, and loading to it, come to: reads a file, writes another."""
     incoming = os.open(source, os.O_RDONLY)
@@ -65,10 +79,15 @@ def plain_copy(source: Path, target: Path, data: memoryview) -> None:
         os.close(handle)
 
 
+def new_optimizer(store: str, weights: list[nn.Parameter]) -> hift_ext.AdamW:
+    """An optimizer that has no state yet."""
+    return hift_ext.AdamW(weights, layers_per_group="all", store=store, staging=64 << 20)
+
+
 def optimizer_of(store: str, parameters: int) -> hift_ext.AdamW:
     """An optimizer that has made a step."""
     weights = [nn.Parameter(torch.zeros(ELEMENTS)) for _ in range(parameters)]
-    optimizer = hift_ext.AdamW(weights, layers_per_group="all", store=store, staging=64 << 20)
+    optimizer = new_optimizer(store, weights)
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
         weight.grad = torch.randn(ELEMENTS, generator=generator)
@@ -93,12 +112,22 @@ def measure(folder: Path, parameters: int, rounds: int) -> list[dict[str, Any]]:
         "plain write": (None, lambda: plain_write(plain, size, data)),
         "plain read": (None, lambda: plain_read(plain, data)),
         "plain copy": (None, lambda: plain_copy(plain, copy, data)),
+        "read into new memory": (None, lambda: read_into_new_memory(plain, size)),
     }
+    weights = [nn.Parameter(torch.zeros(ELEMENTS)) for _ in range(parameters)]
+
+    def resume(store: str) -> None:
+        optimizer = new_optimizer(store, weights)
+        hift_ext.load(optimizer, folder / store)
+        optimizer.close()
+
     for store, optimizer in stores.items():
         path, against = folder / store, "plain write" if store == "ram" else "plain copy"
         runs[f"save from {store}"] = (against, lambda o=optimizer, p=path: hift_ext.save(o, p))
         against = "plain read" if store == "ram" else "plain copy"
         runs[f"load to {store}"] = (against, lambda o=optimizer, p=path: hift_ext.load(o, p))
+        against = "read into new memory" if store == "ram" else "plain copy"
+        runs[f"resume in {store}"] = (against, lambda s=store: resume(s))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0)
     for number in range(rounds):
@@ -165,7 +194,7 @@ def main() -> None:
     for row in rows:
         ratio = f"  x {row['against']} {row['ratio']:.3f}" if row["against"] else ""
         print(
-            f"{row['name']:16}{row['median_ms']:10.1f} ms {row['gbps']:6.2f} GB/s{ratio}",
+            f"{row['name']:22}{row['median_ms']:10.1f} ms {row['gbps']:6.2f} GB/s{ratio}",
             file=sys.stderr,
         )
     if options.json:

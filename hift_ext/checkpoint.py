@@ -2,41 +2,41 @@
 """`save` and `load`: a checkpoint of an optimizer, page by page, that is there whole or not at all.
 
 A directory of safetensors shards and a manifest; what is read is checked before anything changes.
+Ranks that hold parts of the parameters write and read it together.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hift_ext import interchange, precision, settings
+from hift_ext import distributed, settings
 from hift_ext.booking import book
-from hift_ext.conversion import Source, check_state, loses_master, wanted_streams
-from hift_ext.engines import StateEngine
+from hift_ext.conversion import wanted_streams
+from hift_ext.loading import Loading, undone_on_error, walk
 from hift_ext.manifest import (
     Manifest,
+    Piece,
     SavedParam,
-    check_class,
     check_files,
-    check_fit,
+    check_tiled,
+    encoded,
     saved_param,
     shard_name,
 )
-from hift_ext.notices import stacklevel
 from hift_ext.paged_state import Entry
-from hift_ext.precision import PLAIN, Precision
+from hift_ext.precision import PLAIN
 from hift_ext.profiling import stage
 from hift_ext.progress import Progress, progress
 from hift_ext.replace import Replacement, recover, sweep
-from hift_ext.schedule import checked_schedule
-from hift_ext.shards import BUFFER_BYTES, Pieces, ShardReader, ShardWriter
+from hift_ext.sharding import part_of
+from hift_ext.shards import BUFFER_BYTES, Pieces, ShardWriter, TensorSpec
+from hift_ext.team import Team
 
 if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
@@ -45,10 +45,6 @@ SHARD_BYTES = 4 << 30
 """A shard is closed when it has as many; a larger tensor has one for itself."""
 
 _STEP = BUFFER_BYTES // 4  # elements at once; no stream has more bytes for one
-_LOAD_STEP = 2 * _STEP  # a stream of a default page: a page in a file is written for every piece
-
-_Home = tuple[Entry, SavedParam, list[int]]
-"""A parameter that has values, and the engine's streams they are in."""
 
 
 def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
@@ -57,37 +53,33 @@ def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     Values are saved as they are kept: 8-bit codes, 16-bit state and masters included. They pass
     through two buffers of 1 MiB (and, from a file, one page): memory does not grow with the model.
     The directory appears when all of it is on the disk, in the place of the last checkpoint if
-    there is one: until then, however the process ends, that one stays.
+    there is one: until then, however a process ends, that one stays.
+
+    Where parameters are sharded (FSDP2) every rank calls it, with one path that all of them see,
+    and writes its own part; where one fails, all raise. Ranks wait for the slowest, so the process
+    group's timeout must be longer than a save. Where each rank has whole parameters (DDP) one call,
+    on any rank, is enough.
 
     Args:
-        optimizer: Any HiFT optimizer whose parameters are not sharded.
+        optimizer: Any HiFT optimizer whose parameters are whole or cut into rows.
         path: The checkpoint's directory; its parent must exist. Work in progress is
             `path.tmp-*` beside it; what dead processes left there is removed.
 
     Raises:
         FileExistsError: `path` is something else than a checkpoint, or holds other files.
-        FileNotFoundError: There is no directory for it.
+        FileNotFoundError: There is no directory for it, or a rank does not see it.
         OSError: The disk is full or fails; the last checkpoint is as it was.
-        RuntimeError: The optimizer is closed, or its parameters are sharded.
+        RuntimeError: The optimizer is closed, parameters are cut otherwise, the ranks differ, or
+            one of them has ended.
         TypeError: A setting in param_groups that the manifest cannot hold.
     """
-    with optimizer._turnstile.lock:
-        _check(optimizer)
-        book(optimizer)
-        target = Path(os.path.realpath(path))
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"the directory {target.parent} does not exist: make it first")
-        recover(target)
-        check_files(target)
-        sweep(target)
-        manifest, homes = _describe(optimizer)
-        size = sum(param.spec(s).bytes for _, param, _ in homes for s in param.streams)
-        bar = progress(f"saving {target.name}", size, in_bytes=True)
-        with stage("save"), Replacement(target) as work, bar as shown:
-            _write_shards(optimizer, manifest, homes, work.folder, shown)
-            manifest.write(work.folder)
-            check_files(target)
-            work.publish()
+    with optimizer._turnstile.lock, stage("save"), ExitStack() as stack:
+        team = Team.of(optimizer)
+        saving = _Saving(optimizer, Path(os.path.realpath(path)), team, stack)
+        plans = team.together(saving.prepare)
+        team.agree({rank: plan["facts"] for rank, plan in plans.items()})
+        written = team.together(lambda: saving.write(plans))
+        team.together(lambda: saving.publish(written))
 
 
 def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
@@ -97,6 +89,9 @@ def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     masters are made of the model's weights where none can be had, so load those before. Where the
     number of groups differs, a warning says so and a new pass begins, as with `load_state_dict`.
 
+    Sharded parameters take their rows from whatever number of ranks it was saved on. All ranks call
+    it; where one fails, all raise.
+
     Args:
         optimizer: An optimizer over the same parameters in the same order.
         path: A directory that `save` wrote.
@@ -104,219 +99,224 @@ def load(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: A file is missing, damaged or not ours; the message names it.
         ValueError: Another class, or other param_groups, parameters, shapes or streams.
-        RuntimeError: The optimizer is closed or sharded; or the store or the disk failed after
-            loading had begun: load again.
+        RuntimeError: The optimizer is closed, or its parameters are cut otherwise than into rows;
+            the ranks differ or one has ended; or the store or the disk failed after loading into
+            an optimizer with state had begun: load again.
     """
-    with optimizer._turnstile.alone():
-        _check(optimizer)
+    with optimizer._turnstile.alone(), stage("load"), ExitStack() as stack:
+        team = Team.of(optimizer)
         folder = Path(os.path.realpath(path))
-        recover(folder)
-        saved = Manifest.read(folder)
-        check_class(optimizer, saved, folder)
-        groups = interchange.merged_groups(optimizer, saved.param_groups)
-        members = [p for group in groups for p in group["params"]]
-        check_fit(optimizer, members, saved, folder)
-        schedule = checked_schedule(groups[0].get("hift"))
-        found = _found(optimizer, groups, members, saved)
-        size = sum(param.spec(s).bytes for param in saved.params for s in param.streams if s.shard)
-        bar = progress(f"verifying {folder.name}", 2 * size, in_bytes=True)
-        with ExitStack() as stack:
-            stack.enter_context(stage("load"))
-            shown = stack.enter_context(bar)
-            shards = _open_shards(folder, saved, stack, shown)
-            shown.say(f"loading {folder.name}")
-            # Nothing has changed so far; from here on only the page file and the disk can fail.
-            try:
-                _replace(optimizer, groups, found, shards, shown)
-            except Exception as error:
-                raise RuntimeError(
-                    f"loading {folder} stopped in the middle, and the optimizer's state is partly "
-                    f"replaced: load again before the next step. Cause: {error}"
-                ) from error
-        interchange.adopt_schedule(optimizer, schedule)
+
+        def prepare() -> dict[str, Any]:
+            _check(optimizer)
+            recover(folder)
+            opened.append(Loading(optimizer, folder, stack, len(team.ranks)))
+            return opened[0].facts
+
+        opened: list[Loading] = []
+        team.agree(team.together(prepare))
+        (loading,) = opened
+        if loading.fresh:
+            with undone_on_error(optimizer):
+                verified = team.together(loading.replace)
+                known = set().union(*verified.values())
+                team.together(lambda: loading.verify(team, known))
+                loading.finish()
+            return
+        team.together(lambda: loading.verify(team))
+        # Nothing has changed so far; from here on only the page file and the disk can fail.
+        try:
+            team.together(loading.replace)
+        except Exception as error:
+            raise RuntimeError(
+                f"loading {folder} stopped in the middle, and the optimizer's state is partly "
+                f"replaced: load again before the next step. Cause: {error}"
+            ) from error
+        loading.finish()
 
 
 def _check(optimizer: HiFTOptimizer) -> None:
     optimizer._check_open()
     settings.check_unchanged(optimizer, whole=True)
-    if optimizer._sharded:
-        raise RuntimeError(
-            "the parameters are sharded over ranks, and hift_ext.save and load deal in whole ones: "
-            "use torch.distributed.checkpoint, with get_state_dict and set_state_dict"
-        )
 
 
-# Saving -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Home:
+    """A parameter that has values: the engine's streams they are in, and the rank's part of it."""
+
+    entry: Entry
+    param: SavedParam
+    numbers: list[int]
+    begin: int
+    count: int
+
+    @property
+    def part(self) -> tuple[int, int, int]:
+        """What ranks with the same values have in common."""
+        return self.param.index, self.begin, self.count
 
 
-def _describe(optimizer: HiFTOptimizer) -> tuple[Manifest, list[_Home]]:
-    """The manifest without checksums, and the parameters that have values, in order of pages."""
-    state = optimizer.state
-    state.settle()
-    members = [p for group in optimizer.param_groups for p in group["params"]]
-    index_of = {p: index for index, p in enumerate(members)}
-    names, groups, number = optimizer._names(), [], 0
-    for group in optimizer.param_groups:
-        indices = list(range(number, number + len(group["params"])))
-        groups.append({**group, "params": indices})
-        number += len(indices)
-    homes, params = [], {}
-    for entry in (entry for group in optimizer._entries for entry in group):
-        p = entry.param
-        laid_out = state.engine is not None
-        stored = PLAIN.stored(entry.streams) if state.engine is None else state.engine.stored
-        own = wanted_streams(stored, entry.streams)
-        saved = saved_param(entry, index_of[p], names.get(p), (s for _, s in own), laid_out)
-        params[saved.index] = saved
-        if laid_out and (entry.visits or p in state):
-            homes.append((entry, saved, [number for number, _ in own]))
-    in_order = [params[index] for index in sorted(params)]
-    return Manifest(type(optimizer).__name__, groups, in_order), homes
+class _Saving:
+    """A checkpoint in the making, on one rank: three parts that all ranks do together.
+
+    Args:
+        optimizer: What is saved.
+        target: The checkpoint's directory.
+        team: The ranks.
+        stack: Drops the work if it is not published.
+    """
+
+    def __init__(
+        self, optimizer: HiFTOptimizer, target: Path, team: Team, stack: ExitStack
+    ) -> None:
+        self._optimizer, self._target, self._team, self._stack = optimizer, target, team, stack
+        self._manifest = Manifest(type(optimizer).__name__, [], [])
+        self._homes: list[_Home] = []
+
+    def prepare(self) -> dict[str, Any]:
+        """Describes what this rank has; the first rank makes the folder that all write to."""
+        optimizer, target, folder = self._optimizer, self._target, None
+        _check(optimizer)
+        book(optimizer)
+        if self._team.leads:
+            if not target.parent.is_dir():
+                raise FileNotFoundError(
+                    f"the directory {target.parent} does not exist: make it first"
+                )
+            recover(target)
+            check_files(target)
+            sweep(target)
+        self._describe()
+        facts: dict[str, Any] = {}
+        if not self._team.alone:
+            facts = {"path": str(target), **distributed.plan(optimizer), **_digests(self._manifest)}
+        if self._team.leads:
+            self._work = self._stack.enter_context(Replacement(target))
+            folder = str(self._work.folder)
+        return {"facts": facts, "parts": [home.part for home in self._homes], "folder": folder}
+
+    def _describe(self) -> None:
+        """The manifest without values, and the parameters that have some, in order of pages."""
+        optimizer, state = self._optimizer, self._optimizer.state
+        state.settle()
+        members = [p for group in optimizer.param_groups for p in group["params"]]
+        index_of = {p: index for index, p in enumerate(members)}
+        names, number, params = optimizer._names(), 0, {}
+        for group in optimizer.param_groups:
+            indices = list(range(number, number + len(group["params"])))
+            self._manifest.param_groups.append({**group, "params": indices})
+            number += len(indices)
+        for entry in (entry for group in optimizer._entries for entry in group):
+            p = entry.param
+            laid_out = state.engine is not None
+            stored = PLAIN.stored(entry.streams) if state.engine is None else state.engine.stored
+            own = wanted_streams(stored, entry.streams)
+            saved = saved_param(entry, index_of[p], names.get(p), (s for _, s in own), laid_out)
+            params[saved.index] = saved
+            begin, count = part_of(p, optimizer._say(p))
+            if laid_out and (entry.visits or p in state):
+                numbers = [number for number, _ in own]
+                self._homes.append(_Home(entry, saved, numbers, begin, count))
+        self._manifest.params[:] = [params[index] for index in sorted(params)]
+
+    def write(self, plans: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """Writes this rank's parts, but what an earlier rank has as well.
+
+        Returns:
+            `shards`, as the manifest has them, and `pieces` with the places they belong to.
+        """
+        taken: set[tuple[int, int, int]] = set()
+        for rank, plan in plans.items():
+            if rank < self._team.rank:
+                taken.update(map(tuple, plan["parts"]))
+        folder = Path(next(plan["folder"] for plan in plans.values() if plan["folder"]))
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}, which rank {self._team.ranks[0]} has made, is not there: sharded "
+                "parameters are saved to a directory that all ranks see"
+            )
+        mine = [
+            home
+            for home in self._homes
+            if home.part not in taken and (home.count or not home.param.numel)
+        ]
+        shards: dict[str, dict[str, int]] = {}
+        pieces: list[tuple[int, str, Piece]] = []
+        total = sum(spec.bytes for home in mine for spec in _specs(home))
+        bar = progress(f"saving {self._target.name}", total, in_bytes=True)
+        shown = self._stack.enter_context(bar)
+        for number, batch in enumerate(_batches(mine), 1):
+            name = shard_name(number, None if self._team.alone else self._team.rank)
+            with ShardWriter(folder / name, [s for home in batch for s in _specs(home)]) as shard:
+                self._write_shard(shard, batch, shown)
+            for home in batch:
+                for stream, (key, _, _) in zip(home.param.streams, _specs(home), strict=True):
+                    piece = Piece(name, key, home.begin, home.count, shard.xxh3(key))
+                    pieces.append((home.param.index, stream.name, piece))
+            shards[name] = {
+                "size": shard.size,
+                "head_bytes": shard.head_bytes,
+                "head_crc32": shard.head_crc32,
+            }
+        return {"shards": shards, "pieces": pieces}
+
+    def _write_shard(self, shard: ShardWriter, batch: list[_Home], shown: Progress) -> None:
+        engine = self._optimizer.state.engine
+        assert engine is not None
+        with Pieces() as pieces:
+            for home in batch:
+                entry, streams, specs = home.entry, home.param.streams, _specs(home)
+                for begin, count in walk(engine.parts(entry.group, entry.item), _STEP):
+                    for at, stream, spec in zip(home.numbers, streams, specs, strict=True):
+                        values = stream.nbytes(count) // stream.dtype.itemsize
+                        value = pieces.buffer(stream.dtype, values)
+                        engine.read(entry.group, entry.item, at, begin, count, value)
+                        pieces.write(shard, spec.key, stream.nbytes(begin), value)
+                        shown.advance(value.nbytes)
+
+    def publish(self, written: dict[int, dict[str, Any]]) -> None:
+        """The first rank writes the manifest and puts the folder in the target's place."""
+        if not self._team.leads:
+            return
+        streams = {(p.index, s.name): s for p in self._manifest.params for s in p.streams}
+        for each in written.values():
+            self._manifest.shards.update(each["shards"])
+            for index, name, piece in each["pieces"]:
+                streams[index, name].pieces.append(piece)
+        for stream in streams.values():
+            stream.pieces.sort(key=lambda piece: piece.begin)
+        check_tiled(self._manifest)
+        self._manifest.write(self._work.folder)
+        check_files(self._target)
+        self._work.publish()
+        self._stack.close()  # what fails here the others are told, too
 
 
-def _write_shards(
-    optimizer: HiFTOptimizer,
-    manifest: Manifest,
-    homes: list[_Home],
-    folder: Path,
-    shown: Progress,
-) -> None:
+def _specs(home: _Home) -> list[TensorSpec]:
+    return [home.param.spec(stream, home.begin, home.count) for stream in home.param.streams]
+
+
+def _batches(homes: list[_Home]) -> list[list[_Home]]:
+    """What goes into each shard."""
     batches: list[list[_Home]] = []
     room = 0
     for home in homes:
-        param = home[1]
-        size = sum(param.spec(stream).bytes for stream in param.streams)
+        size = sum(spec.bytes for spec in _specs(home))
         if not batches or size > room:
             batches.append([])
             room = SHARD_BYTES
         room -= size
         batches[-1].append(home)
-    engine = optimizer.state.engine
-    for number, batch in enumerate(batches, 1):
-        assert engine is not None
-        name = shard_name(number)
-        specs = [param.spec(stream) for _, param, _ in batch for stream in param.streams]
-        with ShardWriter(folder / name, specs) as shard, Pieces() as pieces:
-            for entry, param, numbers in batch:
-                for begin, count in _walk(engine.parts(entry.group, entry.item), _STEP):
-                    for at, stream in zip(numbers, param.streams, strict=True):
-                        values = stream.nbytes(count) // stream.dtype.itemsize
-                        value = pieces.buffer(stream.dtype, values)
-                        engine.read(entry.group, entry.item, at, begin, count, value)
-                        pieces.write(shard, param.key(stream), stream.nbytes(begin), value)
-                        shown.advance(value.nbytes)
-        for _, param, _ in batch:
-            for stream in param.streams:
-                stream.shard, stream.crc32 = name, shard.crc32[param.key(stream)]
-        manifest.shards[name] = {
-            "size": shard.size,
-            "head_bytes": shard.head_bytes,
-            "head_crc32": shard.head_crc32,
-        }
+    return batches
 
 
-def _walk(parts: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
-    """Pieces of parts: the first element, and how many, at most `step`."""
-    begin = 0
-    for elements in parts:
-        for piece in range(begin, begin + elements, step):
-            yield piece, min(step, begin + elements - piece)
-        begin += elements
-
-
-# Loading ----------------------------------------------------------------------------------------
-
-
-def _found(
-    optimizer: HiFTOptimizer,
-    groups: list[dict[str, Any]],
-    members: Sequence[torch.Tensor],
-    saved: Manifest,
-) -> dict[torch.Tensor, SavedParam]:
-    """What was saved of each parameter that is trained here, once it is known to fit."""
-    kept = _precision(optimizer)
-    for group in groups:
-        precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
-    group_of = {p: group for group in groups for p in group["params"]}
-    found = {members[param.index]: param for param in saved.params}
-    found = {p: param for p, param in found.items() if p in optimizer.state.entries}
-    for p, param in found.items():
-        check_state(param, optimizer.streams(group_of[p]), optimizer._say(p))
-    absent = len(saved.params) - len(found)
-    if absent:
-        warnings.warn(
-            f"the saved state of {absent} parameters is left out: they are not trained here",
-            stacklevel=stacklevel(),
-        )
-    lost = sum(loses_master(param, p.dtype, kept.master) for p, param in found.items())
-    if lost:
-        warnings.warn(
-            f"the saved masters of {lost} parameters are left out: this optimizer keeps none that "
-            "they could be made into, and goes on from the weights as they are",
-            stacklevel=stacklevel(),
-        )
-    return found
-
-
-def _precision(optimizer: HiFTOptimizer) -> Precision:
-    state = optimizer.state
-    if state.engine is not None:
-        return state.precision
-    return precision.chosen(optimizer._options, {p.dtype for p in state.entries})
-
-
-def _open_shards(
-    folder: Path, saved: Manifest, stack: ExitStack, shown: Progress
-) -> dict[str, ShardReader]:
-    """Opens every shard and verifies every byte."""
-    sums: dict[str, dict[str, int]] = {name: {} for name in saved.shards}
-    for param in saved.params:
-        for stream in param.streams:
-            if stream.shard is not None:
-                sums[stream.shard][param.key(stream)] = stream.crc32
-    shards = {}
-    for name, facts in saved.shards.items():
-        shards[name] = ShardReader(folder / name, **facts)
-        stack.callback(shards[name].close)
-    for name, shard in shards.items():
-        shard.verify(sums[name], shown.advance)
-    return shards
-
-
-def _replace(
-    optimizer: HiFTOptimizer,
-    groups: list[dict[str, Any]],
-    found: Mapping[torch.Tensor, SavedParam],
-    shards: Mapping[str, ShardReader],
-    shown: Progress,
-) -> None:
-    state = optimizer.state
-    interchange.adopt_settings(optimizer, groups)
-    buffers: dict[tuple[bool, int], torch.Tensor] = {}
-    with ThreadPoolExecutor(1) as summer:
-        for entry in (entry for group in optimizer._entries for entry in group):
-            param = found.get(entry.param)
-            known = state.engine is not None and (entry.visits > 0 or entry.param in state)
-            if known or (param is not None and _has_values(param)):
-                engine = optimizer._engine()
-                own = wanted_streams(engine.stored, entry.streams)
-                _load_entry(engine, entry, Source(entry, param, own, shards, summer, buffers))
-            if param is not None and _has_values(param):
-                shown.advance(sum(param.spec(stream).bytes for stream in param.streams))
-            entry.visits = 0 if param is None else param.visits
-    if any(entry.visits for group in optimizer._entries for entry in group):
-        optimizer._engine()
-
-
-def _has_values(param: SavedParam) -> bool:
-    return any(stream.shard is not None for stream in param.streams)
-
-
-def _load_entry(engine: StateEngine, entry: Entry, source: Source) -> None:
-    """Fills a parameter's state, a piece at a time."""
-    step = max(entry.numel, 1) if source.whole else _LOAD_STEP
-    parts = [entry.numel] if source.blocks else engine.parts(entry.group, entry.item)
-    for begin, count in _walk(parts, step):
-        for number, value in source.piece(begin, count):
-            engine.load(entry.group, entry.item, number, begin, count, value)
-    source.check()
+def _digests(manifest: Manifest) -> dict[str, str]:
+    """What the ranks must agree on beside their plans, in few letters."""
+    told = {
+        "settings": [encoded(group) for group in manifest.param_groups],
+        "state": [{**vars(param), "streams": param.streams} for param in manifest.params],
+    }
+    return {
+        name: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]
+        for name, value in told.items()
+    }

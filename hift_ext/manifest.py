@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hift_ext.paged_state import Entry, strides_of
+from hift_ext.sharding import is_sharded
 from hift_ext.shards import DTYPE_NAMES, CheckpointError, TensorSpec
 
 if TYPE_CHECKING:
@@ -26,9 +27,28 @@ if TYPE_CHECKING:
     from hift_ext.optimizer import HiFTOptimizer
 
 NAME = "manifest.json"
-FORMAT, VERSION = "hift_ext checkpoint", 1
+FORMAT, VERSION = "hift_ext checkpoint", 2
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@dataclass
+class Piece:
+    """Stored values of a run of a parameter's elements, all of one shard's tensor.
+
+    Attributes:
+        shard: The file.
+        key: The tensor in it.
+        begin: The first element; blocks of 8-bit codes are counted from it.
+        count: Elements.
+        xxh3: Checksum of the tensor's bytes (XXH3, 64 bits, in hexadecimal digits).
+    """
+
+    shard: str
+    key: str
+    begin: int
+    count: int
+    xxh3: str
 
 
 @dataclass
@@ -42,8 +62,7 @@ class SavedStream:
             for their scales.
         width: Values of a run.
         fill: The value where nothing was stored.
-        shard: The file its values are in; None: all are `fill`.
-        crc32: Checksum of the values.
+        pieces: Where its values are, in order and without gaps; none: all are `fill`.
     """
 
     name: str
@@ -51,8 +70,7 @@ class SavedStream:
     run: int
     width: int
     fill: float
-    shard: str | None = None
-    crc32: int = 0
+    pieces: list[Piece] = field(default_factory=list)
 
     def nbytes(self, elements: int) -> int:
         """Bytes of the stored values of so many elements."""
@@ -71,16 +89,26 @@ class SavedParam:
     visits: int
     streams: list[SavedStream]
 
-    def key(self, stream: SavedStream) -> str:
-        """Name of a stream's tensor in its shard."""
-        return f"{self.index}.{stream.name}"
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.shape)
 
-    def spec(self, stream: SavedStream) -> TensorSpec:
-        """A stream's tensor: shaped as the parameter where that is its order in memory."""
-        shape = self.shape
-        if stream.run != 1 or not _row_major(self.shape, self.strides):
-            shape = (stream.nbytes(math.prod(self.shape)) // stream.dtype.itemsize,)
-        return TensorSpec(self.key(stream), stream.dtype, shape)
+    @property
+    def row_major(self) -> bool:
+        """Whether its stored values are in the order of its elements."""
+        return torch.empty_strided(self.shape, self.strides, device="meta").is_contiguous()
+
+    def spec(self, stream: SavedStream, begin: int, count: int) -> TensorSpec:
+        """The tensor of some rows, or of all: shaped as they are where that is their order."""
+        key, shape = f"{self.index}.{stream.name}", self.shape
+        if count != self.numel:
+            row = math.prod(self.shape[1:])
+            first, rows = begin // row, count // row
+            key, shape = f"{key}[{first}:{first + rows}]", (rows, *self.shape[1:])
+        if stream.run != 1 or not self.row_major:
+            shape = (stream.nbytes(count) // stream.dtype.itemsize,)
+        return TensorSpec(key, stream.dtype, shape)
 
 
 @dataclass
@@ -92,12 +120,14 @@ class Manifest:
         param_groups: Settings, with indices for parameters; the schedule is the first's `hift`.
         params: The trained parameters.
         shards: By file name: `size`, `head_bytes`, `head_crc32`.
+        crc32: Its checksum, where it was read.
     """
 
     optimizer: str
     param_groups: list[dict[str, Any]]
     params: list[SavedParam]
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
+    crc32: int = 0
 
     def write(self, folder: Path) -> None:
         """Writes it, to the disk."""
@@ -149,15 +179,12 @@ class Manifest:
             [decoded(group) for group in body["param_groups"]],
             [_param_in(param) for param in body["params"]],
             body["shards"],
+            expected,
         )
 
 
 def _sum(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return torch.empty_strided(shape, strides, device="meta").is_contiguous()
 
 
 def saved_param(
@@ -166,22 +193,59 @@ def saved_param(
     """A parameter as it is now, its streams without values."""
     p = entry.param
     shape, strides = entry.shape, entry.strides
-    if not laid_out:
+    if is_sharded(p):
+        shape, strides = p.shape, torch.empty(p.shape, device="meta").stride()
+    elif not laid_out:
         shape, strides = p.shape, strides_of(p)
     saved = [SavedStream(s.name, s.dtype, s.run, s.width, float(s.fill)) for s in streams]
     return SavedParam(index, name, p.dtype, tuple(shape), strides, entry.visits, saved)
 
 
 def _param_out(param: SavedParam) -> dict[str, Any]:
-    streams = [{**vars(s), "dtype": DTYPE_NAMES[s.dtype]} for s in param.streams]
+    streams = [
+        {**vars(s), "dtype": DTYPE_NAMES[s.dtype], "pieces": [vars(piece) for piece in s.pieces]}
+        for s in param.streams
+    ]
     return {**vars(param), "dtype": DTYPE_NAMES[param.dtype], "streams": streams}
 
 
 def _param_in(saved: dict[str, Any]) -> SavedParam:
-    streams = [SavedStream(**{**s, "dtype": _DTYPES[s["dtype"]]}) for s in saved["streams"]]
+    streams = [
+        SavedStream(
+            **{
+                **stream,
+                "dtype": _DTYPES[stream["dtype"]],
+                "pieces": [Piece(**piece) for piece in stream["pieces"]],
+            }
+        )
+        for stream in saved["streams"]
+    ]
     fields = {name: tuple(saved[name]) for name in ("shape", "strides")}
     dtype = _DTYPES[saved["dtype"]]
     return SavedParam(**{**saved, **fields, "dtype": dtype, "streams": streams})
+
+
+def check_tiled(manifest: Manifest) -> None:
+    """Whether the pieces of every stream make it up, each element once.
+
+    Raises:
+        RuntimeError: They do not.
+    """
+    for param in manifest.params:
+        for stream in param.streams:
+            end = 0
+            for piece in stream.pieces:
+                if piece.begin != end:
+                    break
+                end += piece.count
+            else:
+                if end == (param.numel if stream.pieces else 0):
+                    continue
+            raise RuntimeError(
+                f"the ranks' parts of {stream.name} of parameter {param.index} ({param.name!r}) "
+                f"are not the whole of its {param.numel} elements, each once: from element {end} "
+                "on they have a gap or overlap"
+            )
 
 
 # Settings ---------------------------------------------------------------------------------------
@@ -312,9 +376,9 @@ def check_files(folder: Path) -> None:
         )
 
 
-_SHARD = re.compile(r"state-\d{5}\.safetensors")
+_SHARD = re.compile(r"state-(r\d{5}-)?\d{5}\.safetensors")
 
 
-def shard_name(number: int) -> str:
-    """Name of the shard with that number, from 1."""
-    return f"state-{number:05d}.safetensors"
+def shard_name(number: int, rank: int | None) -> str:
+    """Name of a shard: its number, from 1, and the rank that writes it if there are several."""
+    return f"state-{'' if rank is None else f'r{rank:05d}-'}{number:05d}.safetensors"

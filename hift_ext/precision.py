@@ -15,7 +15,7 @@ from hift_ext import ops
 from hift_ext.ops import Stored, StreamSpec
 
 BLOCK = 256
-"""Elements of a block of 8-bit state, which share a scale."""
+"""Elements of a block of 8-bit state, which share a scale; counted from a rank's first element."""
 
 _WAYS = {None: 0, "stochastic": 1, "fp32": 2, "split": 3}
 _STATE_TYPES: dict[Any, int] = {torch.float32: 0, torch.bfloat16: 1, "8bit": 2}

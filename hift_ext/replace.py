@@ -91,11 +91,15 @@ def recover(target: Path) -> None:
         work = newest.with_name(newest.name[: -len(_OLD)])
         handle = _lock(work)
         if handle is not None or not work.exists():
-            if not os.path.lexists(target):
-                os.rename(newest, target)
-            if handle is not None:
-                os.close(handle)
-            return
+            try:
+                if not os.path.lexists(target):
+                    os.rename(newest, target)
+                return
+            except FileNotFoundError:  # another one that recovers was quicker
+                continue
+            finally:
+                if handle is not None:
+                    os.close(handle)
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"another process has been replacing {target} for {_PATIENCE_S} s; if there is "

@@ -51,6 +51,27 @@ def first_element(param: torch.Tensor) -> int:
     )
 
 
+def part_of(param: torch.Tensor, who: str) -> tuple[int, int]:
+    """This rank's part of a whole parameter: the first element, and how many from there on.
+
+    Raises:
+        RuntimeError: The part is not a run of elements.
+    """
+    if not is_sharded(param):
+        return 0, param.numel()
+    from torch.distributed.tensor import Replicate, Shard
+
+    placed: Any = param
+    cut = [p for p in placed.placements if type(p) is not Replicate]
+    if any(type(p) is not Shard or p.dim != 0 for p in cut) or not local(param).is_contiguous():
+        raise RuntimeError(
+            f"{who} is placed as {placed.placements}, and hift_ext.save and load deal in rows "
+            "(fully_shard's cut along dimension 0): use torch.distributed.checkpoint, with "
+            "get_state_dict and set_state_dict"
+        )
+    return first_element(param), local(param).numel()
+
+
 @functools.cache
 def _rows_before(mesh: Any, placements: Any, shape: torch.Size) -> int:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors files that are written and read a piece at a time, with checksums of every byte.
 
-The safetensors library wants all tensors in memory; here a tensor passes through two small buffers.
+The safetensors library wants all tensors in memory; here a tensor passes through small buffers.
+Data is summed by XXH3, in a fraction of the time that a copy takes; the small headers by CRC-32.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from typing_extensions import Self
 
 BUFFER_BYTES = 1 << 20
@@ -89,7 +91,6 @@ class ShardWriter:
         size: Bytes of the whole file.
         head_bytes: Bytes before the first tensor's data.
         head_crc32: Checksum of these.
-        crc32: Checksum of each tensor's data so far.
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
@@ -97,7 +98,7 @@ class ShardWriter:
         head, self._offsets = header_of(tensors)
         self.size = len(head) + sum(tensor.bytes for tensor in tensors)
         self.head_bytes, self.head_crc32 = len(head), zlib.crc32(head)
-        self.crc32 = {tensor.key: 0 for tensor in tensors}
+        self._sums = {tensor.key: xxhash.xxh3_64() for tensor in tensors}
         self._unflushed = 0
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -114,20 +115,21 @@ class ShardWriter:
         except OSError as error:
             raise _explained(error, self.path, self.size) from error
 
+    def xxh3(self, key: str) -> str:
+        """Checksum of a tensor's bytes so far."""
+        return self._sums[key].hexdigest()
+
     def write(self, key: str, begin: int, data: memoryview) -> None:
-        """Writes a tensor's bytes from `begin` on. For one thread at a time."""
+        """Writes a tensor's next bytes, which begin at `begin`. For one thread at a time."""
         if not data:
             return
+        self._sums[key].update(data)
         self._write(data, self._offsets[key] + begin)
         self._unflushed += len(data)
         if self._unflushed >= FLUSH_BYTES:
             self._unflushed = 0
             # Left alone, the system would write most of it only when it is waited for.
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def sum(self, key: str, data: memoryview) -> None:
-        """Adds the tensor's next bytes to its checksum. For one thread at a time."""
-        self.crc32[key] = zlib.crc32(data, self.crc32[key])
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +156,7 @@ def _explained(error: OSError, path: Path, size: int) -> OSError:
 
 
 class Pieces:
-    """Two buffers in turn: while one is written and summed, the other is filled.
+    """Two buffers in turn: while one is written, the other is filled.
 
     Use as a context manager; an error of a write comes out of a later call, at the latest at the
     end of the `with`.
@@ -162,9 +164,8 @@ class Pieces:
 
     def __init__(self) -> None:
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
-        self._busy: list[list[Future[None]]] = [[], []]
-        # One thread each: a checksum's pieces stay in order.
-        self._writer, self._summer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._busy: list[Future[None] | None] = [None, None]
+        self._writer = ThreadPoolExecutor(1)  # one thread: a tensor's pieces stay in order
         self._turn = 0
 
     def buffer(self, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -176,18 +177,15 @@ class Pieces:
     def write(self, shard: ShardWriter, key: str, begin: int, value: torch.Tensor) -> None:
         """Writes the last buffer to a tensor, from byte `begin` on."""
         data = bytes_of(value)
-        self._busy[self._turn] = [
-            self._writer.submit(shard.write, key, begin, data),
-            self._summer.submit(shard.sum, key, data),
-        ]
+        self._busy[self._turn] = self._writer.submit(shard.write, key, begin, data)
 
     def _wait(self, turn: int) -> None:
-        futures, self._busy[turn] = self._busy[turn], []
-        for future in futures:
+        future, self._busy[turn] = self._busy[turn], None
+        if future is not None:
             future.result()
 
     def wait(self) -> None:
-        """Until all is written and summed."""
+        """Until all is written."""
         for turn in range(2):
             self._wait(turn)
 
@@ -200,7 +198,6 @@ class Pieces:
                 self.wait()
         finally:
             self._writer.shutdown(wait=True, cancel_futures=True)
-            self._summer.shutdown(wait=True, cancel_futures=True)
 
 
 class ShardReader:
@@ -223,7 +220,8 @@ class ShardReader:
         except FileNotFoundError:
             raise CheckpointError(f"the shard {path} is missing") from None
         try:
-            found = os.fstat(self._file).st_size
+            self._opened = os.fstat(self._file)
+            found = self._opened.st_size
             if found != size:
                 what = "truncated" if found < size else "not the file that was saved"
                 raise CheckpointError(f"the shard {path} is {what}: {found} bytes, not {size}")
@@ -245,6 +243,16 @@ class ShardReader:
         """Closes the file."""
         os.close(self._file)
 
+    def check_unchanged(self) -> None:
+        """Whether nobody has written to the file since it was opened.
+
+        Raises:
+            CheckpointError: Somebody has.
+        """
+        now, then = os.fstat(self._file), self._opened
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise CheckpointError(f"the shard {self.path} was changed while it was read")
+
     def _read(self, data: memoryview, offset: int) -> None:
         while data:
             count = os.preadv(self._file, [data], offset)
@@ -256,30 +264,40 @@ class ShardReader:
         """Reads a tensor's bytes from `begin` on."""
         self._read(data, self._places[key][0] + begin)
 
+    def check_present(self, keys: Iterable[str]) -> None:
+        """Whether these tensors are in it.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        absent = sorted(set(keys) - self._places.keys())
+        if absent:
+            raise CheckpointError(f"the shard {self.path} holds no {absent[0]!r}")
+
     def verify(
-        self, crc32: Mapping[str, int], read: Callable[[int], object] = lambda size: None
+        self, xxh3: Mapping[str, str], read: Callable[[int], object] = lambda size: None
     ) -> None:
-        """Reads every tensor once.
+        """Reads tensors once.
 
         Args:
-            crc32: The checksum each must have.
+            xxh3: The checksum each must have.
             read: Is told of the bytes read, piece by piece.
 
         Raises:
-            CheckpointError: One has another checksum, or is not there.
+            CheckpointError: One has another checksum.
         """
-        absent = sorted(crc32.keys() - self._places.keys())
-        if absent:
-            raise CheckpointError(f"the shard {self.path} holds no {absent[0]!r}")
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        sums = dict.fromkeys(crc32, 0)
-        for key, data in ahead(self._pieces(sorted(crc32, key=lambda key: self._places[key]))):
-            sums[key] = zlib.crc32(data, sums[key])
-            read(len(data))
-        for key, expected in crc32.items():
-            self.check(key, sums[key], expected)
+        buffer = memoryview(bytearray(BUFFER_BYTES))
+        for key in sorted(xxh3, key=lambda key: self._places[key]):
+            (begin, end), total = self._places[key], xxhash.xxh3_64()
+            for at in range(begin, end, BUFFER_BYTES):
+                data = buffer[: min(BUFFER_BYTES, end - at)]
+                self._read(data, at)
+                total.update(data)
+                read(len(data))
+            self.check(key, total.hexdigest(), xxh3[key])
 
-    def check(self, key: str, found: int, expected: int) -> None:
+    def check(self, key: str, found: str, expected: str) -> None:
         """Compares a tensor's checksum with what it must be.
 
         Raises:
@@ -287,26 +305,6 @@ class ShardReader:
         """
         if found != expected:
             raise CheckpointError(
-                f"the shard {self.path} is corrupted: the checksum of {key!r} is {found:08x}, "
-                f"not {expected:08x}"
+                f"the shard {self.path} is corrupted: the checksum of {key!r} is {found}, not "
+                f"{expected}"
             )
-
-    def _pieces(self, keys: Iterable[str]) -> Iterator[tuple[str, memoryview]]:
-        buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in range(2)]
-        turn = 0
-        for key in keys:
-            begin, end = self._places[key]
-            for at in range(begin, end, BUFFER_BYTES):
-                data = buffers[turn][: min(BUFFER_BYTES, end - at)]
-                self._read(data, at)
-                yield key, data
-                turn ^= 1
-
-
-def ahead(pieces: Iterator[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
-    """Has the next piece made by another thread while this one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = pool.submit(next, pieces, None)
-            yield piece

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import functools
 import io
@@ -43,6 +44,7 @@ class Ranks:
                 target=_serve, args=(rank, self._count, rendezvous, other), daemon=True
             )
             process.start()
+            other.close()  # a rank that dies is the end of its pipe
             self._pipes.append(pipe)
             self._processes.append(process)
 
@@ -57,6 +59,20 @@ class Ranks:
             self._start()
         assert not failed, "\n".join(failed)
         return [torch.load(io.BytesIO(data), weights_only=False) for _, data in answers]
+
+    def survivors(self, task: Callable[..., Any], *args: Any) -> dict[int, Any]:
+        """What `task(*args)` returned on those ranks that did not die of it; they end, too."""
+        for pipe in self._pipes:
+            pipe.send((task, args))
+        answers = {}
+        for rank, pipe in enumerate(self._pipes):
+            with contextlib.suppress(EOFError):
+                text, data = pipe.recv()
+                assert not text, f"rank {rank}: {text}"
+                answers[rank] = torch.load(io.BytesIO(data), weights_only=False)
+        for process in self._processes:  # leaving in good order would need all of them
+            process.kill()
+        return answers
 
     def close(self) -> None:
         """Ends the processes."""

@@ -89,7 +89,8 @@ def test_checkpoint(tmp_path: Path) -> None:
     result = run("bench_checkpoint.py", tmp_path, f"--folder={tmp_path}", mebibytes=32, rounds=1)
     rows = {row["name"]: row for row in result["rows"]}
     saves, loads = {"save from ram", "save from disk"}, {"load to ram", "load to disk"}
-    assert rows.keys() == {"plain write", "plain read", "plain copy"} | saves | loads
+    plain = {"plain write", "plain read", "plain copy", "read into new memory"}
+    assert rows.keys() == plain | saves | loads | {"resume in ram", "resume in disk"}
     for row in rows.values():
         assert row["bytes"] - (32 << 20) in range(1, 1 << 14)
         assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hift_ext
-from hift_ext import checkpoint, manifest, shards
+from hift_ext import checkpoint, loading, manifest, shards
 
 STORES = ("ram", "disk", "device")
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -134,7 +134,7 @@ def test_shards_are_safetensors_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(shards, "BUFFER_BYTES", 4096)
     monkeypatch.setattr(checkpoint, "_STEP", 1024)
-    monkeypatch.setattr(checkpoint, "_LOAD_STEP", 700)
+    monkeypatch.setattr(loading, "LOAD_STEP", 700)
     model, optimizer = make()
     models.train(model, optimizer, models.batches(9))
     hift_ext.save(optimizer, tmp_path / "saved")
@@ -282,6 +282,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_named_and_changes_nothing(damage, tmp_path) -> None:
+    """Neither an optimizer with state nor a new one, which is loaded while it is verified."""
     model, optimizer = make()
     models.train(model, optimizer, models.batches(6))
     hift_ext.save(optimizer, tmp_path / "saved")
@@ -293,6 +294,15 @@ def test_what_is_damaged_is_named_and_changes_nothing(damage, tmp_path) -> None:
     with pytest.raises(hift_ext.CheckpointError, match=message):
         hift_ext.load(optimizer, tmp_path / "saved")
     assert same(everything(optimizer), before)
+    for store in ("ram", "disk"):
+        model, new = make(store=store, order="random", lr=0.5)
+        before = everything(new)
+        with pytest.raises(hift_ext.CheckpointError, match=message):
+            hift_ext.load(new, tmp_path / "saved")
+        assert new.state.engine is None
+        assert same(everything(new), before)
+        models.train(model, new, models.batches(1))
+        new.close()
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path) -> None:

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import models
 import pytest
 import torch
-from test_checkpoint import STORES, everything, make, same
+from test_checkpoint import SHARD, STORES, everything, flip, make, same
 from torch import nn
 
 import hift_ext
-from hift_ext import checkpoint, precision
+from hift_ext import loading, precision
 
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {"master": "fp32"},
@@ -78,7 +79,7 @@ def masters(model, optimizer) -> dict[int, torch.Tensor]:
     [("8bit", "split"), ("split", "fp32"), ("fp32", "split"), ("bf16", "8bit"), ("bare", "fp32")],
 )
 def test_state_is_converted(saved, kept, store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "_LOAD_STEP", 512)  # several pieces a parameter
+    monkeypatch.setattr(loading, "LOAD_STEP", 512)  # several pieces a parameter
     model, optimizer = bf16(saved)
     models.train(model, optimizer, models.batches(6))
     hift_ext.save(optimizer, tmp_path / "saved")
@@ -164,9 +165,60 @@ def test_what_cannot_be_converted_says_so(tmp_path) -> None:
     assert coded.state.engine is None
 
 
-def test_sharded_parameters_are_refused(tmp_path) -> None:
-    _, optimizer = make()
-    optimizer._sharded = True
-    for call in (hift_ext.save, hift_ext.load):
-        with pytest.raises(RuntimeError, match=r"use torch\.distributed\.checkpoint"):
-            call(optimizer, tmp_path / "saved")
+# How it is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "times"), [(0, 1), (2, 2)])
+def test_a_new_optimizer_reads_every_byte_once(steps, times, tmp_path, monkeypatch) -> None:
+    model, optimizer = make()
+    models.train(model, optimizer, models.batches(6))
+    hift_ext.save(optimizer, tmp_path / "saved")
+    again, resumed = make(seed=1)
+    models.train(again, resumed, models.batches(steps))
+    real, sizes = os.preadv, []
+
+    def preadv(*args: Any) -> int:
+        sizes.append(real(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    hift_ext.load(resumed, tmp_path / "saved")
+    shard = (tmp_path / "saved" / SHARD).read_bytes()
+    head = 8 + int.from_bytes(shard[:8], "little")
+    assert sum(sizes) == head + times * (len(shard) - head)
+    assert same(everything(resumed), everything(optimizer))
+
+
+def test_a_shard_that_changes_while_it_is_read(tmp_path, monkeypatch) -> None:
+    """It is verified, and changed before it is read once more."""
+    model, optimizer = make()
+    models.train(model, optimizer, models.batches(6))
+    hift_ext.save(optimizer, tmp_path / "saved")
+    real = loading.Loading.verify
+
+    def verify(*args: Any) -> None:
+        real(*args)
+        flip(tmp_path / "saved" / SHARD, -9)
+
+    monkeypatch.setattr(loading.Loading, "verify", verify)
+    with pytest.raises(RuntimeError, match=r"partly replaced: load again .*is corrupted"):
+        hift_ext.load(optimizer, tmp_path / "saved")
+
+
+def test_another_process_recovers_at_the_same_time(tmp_path, monkeypatch) -> None:
+    model, optimizer = make()
+    models.train(model, optimizer, models.batches(3))
+    target = tmp_path / "saved"
+    hift_ext.save(optimizer, target)
+    os.rename(target, tmp_path / "saved.tmp-1-0123abcd.old")
+    real = os.rename
+
+    def rename(*names: Any) -> None:
+        monkeypatch.undo()
+        real(*names)  # the other one's
+        real(*names)
+
+    monkeypatch.setattr(os, "rename", rename)
+    _, resumed = make(seed=1)
+    hift_ext.load(resumed, target)
+    assert same(everything(resumed), everything(optimizer))
