@@ -23,7 +23,7 @@ from torch import nn
 
 import hift_ext
 from hift_ext import demo, ops
-from hift_ext.profiling import stage
+from hift_ext.profiling import staged
 from hift_ext.totals import Totals
 
 WAYS = ("off", "on")
@@ -152,8 +152,7 @@ def unwatched_us(repeats: int) -> dict[str, float]:
 
     def stages() -> None:
         for _ in range(STAGES):
-            with stage("step", "a group"):
-                pass
+            staged("step", "a group", int)
 
     result = {}
     for name, run in (("stages_us", stages), ("totals_us", lambda: totals.add(3, report))):

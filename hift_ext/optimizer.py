@@ -33,7 +33,7 @@ from hift_ext.notices import Notices
 from hift_ext.options import HiFTOptions, check_offered, checked
 from hift_ext.paged_state import Entry, PagedState
 from hift_ext.precision import Precision
-from hift_ext.profiling import stage
+from hift_ext.profiling import stage, staged
 from hift_ext.schedule import Schedule, make_order
 from hift_ext.totals import Totals, stats
 from hift_ext.update import quiet, update_group
@@ -179,8 +179,7 @@ class HiFTOptimizer(torch.optim.Optimizer):
         Returns:
             Whether this was the first time.
         """
-        with stage("freeze"):
-            return freeze_inactive(self, everywhere)
+        return staged("freeze", None, freeze_inactive, self, everywhere)
 
     def frozen_names(self) -> tuple[str, ...]:
         """Names of the parameters that are frozen now because their group is not active."""
@@ -280,8 +279,8 @@ class HiFTOptimizer(torch.optim.Optimizer):
         if schedule.latched is None:
             settings.latch(self)
         passes, engine, active = schedule.pass_index, self.state.engine, schedule.active
-        with stage("step", self._groups[active].name):
-            report = update_group(self, self._entries[active], found_inf)
+        name = self._groups[active].name
+        report = staged("step", name, update_group, self, self._entries[active], found_inf)
         if report is None:
             self._notices.no_gradient(self._groups[self.active].name, passes)
             if engine is not None:

@@ -20,7 +20,7 @@ from hift_ext.booking import Step, book
 from hift_ext.clipping import clip
 from hift_ext.distributed import all_reduce_sum
 from hift_ext.paged_state import Entry, Turn
-from hift_ext.profiling import stage
+from hift_ext.profiling import staged
 from hift_ext.settings import folded
 from hift_ext.sharding import first_element, is_sharded, local, place_gradient
 
@@ -77,8 +77,7 @@ def update_group(
         None if known else found_inf,
     )
     turn = schedule.active, work.rows, hypers, scalars, schedule.following
-    with stage("update"):
-        report = engine.step(*turn, step.done, draws)
+    report = staged("update", None, engine.step, *turn, step.done, draws)
     del tensors  # on a GPU their memory is used again in stream order, after the kernel
     book(optimizer)
     return report
