@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=arguments.json)
     try:
         if arguments.command == "doctor":
-            result = doctor.run(console)
+            result = doctor.run(console, arguments.probe)
         else:
             result = demo.run(_demo_options(arguments), console)
         if arguments.json:
@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[shared],
         epilog=_EXIT_CODES,
         help="what was built, what is here, what will be used, what is missing",
+    ).add_argument(
+        "--probe",
+        nargs="?",
+        const="missing",
+        choices=["missing", "again"],
+        help="measure memory, disk and link, and keep the rates: what is not known, or all again",
     )
     _add_demo(
         commands.add_parser(

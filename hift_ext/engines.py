@@ -20,7 +20,9 @@ from hift_ext.scratch import Scratch
 
 
 class StateEngine(Protocol):
-    """What keeps the state of all groups and updates one of them."""
+    """What keeps the state of all groups and updates one of them; `why` tells how it was chosen."""
+
+    why: str
 
     @property
     def store_bytes(self) -> int:

@@ -16,7 +16,7 @@ import models
 import pytest
 
 import hift_ext
-from hift_ext import checkpoint, progress
+from hift_ext import checkpoint, loading, progress
 
 # The module by its path: the package would import torch, six times.
 SLOW = """
@@ -126,12 +126,16 @@ def test_saving_and_loading_are_shown_by_their_bytes(tmp_path, monkeypatch) -> N
         shown.append((bar._done, total))
 
     monkeypatch.setattr(checkpoint, "progress", watched)
+    monkeypatch.setattr(loading, "progress", watched)
     model = models.tiny()
     optimizer = hift_ext.AdamW(model, store="disk", page_bytes=4096, staging=3 * 4096)
     models.train(model, optimizer, models.batches(8))
     hift_ext.save(optimizer, tmp_path / "saved")
     hift_ext.load(optimizer, tmp_path / "saved")
-    (saved, size), (loaded, twice) = shown
+    other = models.tiny()
+    hift_ext.load(hift_ext.AdamW(other), tmp_path / "saved")
+    (saved, size), (loaded, twice), (resumed, once) = shown
     assert saved == size == 8 * sum(p.numel() for p in model.parameters())
-    # Read to be verified, and again to be taken over.
+    # What has state is read to be verified, and again to be taken over; what has none is read once.
     assert loaded == twice == 2 * size
+    assert resumed == once == size
