@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE:  # no operation, and asked for at every one
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         self.now += 1
-        # Backward runs without gradient mode; a checkpoint's second forward runs with it, in a node.
+        # Backward runs without gradient mode; a checkpoint's second forward with it, in a node.
         self._forward = torch.is_grad_enabled() and (
             not self.boundary or torch._C._current_autograd_node() is not None
         )

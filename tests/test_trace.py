@@ -65,7 +65,9 @@ def real_peak(workload: Workload, active: int | None) -> tuple[int, int]:
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        loss = loss_of(model, inputs)
+        kind = workload.autocast
+        with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
+            loss = loss_of(model, inputs)
         loss.backward()
     recorded: Any = profiler.profiler.kineto_results
     events = [(e.start_ns(), e.nbytes()) for e in recorded.events() if e.name() == "[memory]"]
@@ -82,6 +84,7 @@ def real_peak(workload: Workload, active: int | None) -> tuple[int, int]:
         (LLAMA, {}),
         (LLAMA, {"dtype": BF16}),
         (LLAMA, {"attention": "eager"}),
+        (LLAMA, {"autocast": BF16}),
         (LLAMA, {"grad_checkpointing": True}),
         (LLAMA, {"accumulate": True}),
         (GPT2, {}),
