@@ -84,7 +84,6 @@ def real_peak(workload: Workload, active: int | None) -> tuple[int, int]:
         (LLAMA, {}),
         (LLAMA, {"dtype": BF16}),
         (LLAMA, {"attention": "eager"}),
-        (LLAMA, {"autocast": BF16}),
         (LLAMA, {"grad_checkpointing": True}),
         (LLAMA, {"accumulate": True}),
         (GPT2, {}),
