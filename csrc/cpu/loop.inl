@@ -60,7 +60,7 @@ constexpr RuleEntry entry() {
           non_negative<Rule>,
           {{update_range<Rule, float, float>, nullptr, nullptr},
            {update_range<Rule, BFloat16, float>, update_range<Rule, BFloat16, BFloat16>, nullptr},
-           {update_range<Rule, Float16, float>, nullptr, update_range<Rule, Float16, Float16>}},
+           {update_staged<Rule>, nullptr, update_staged<Rule>}},
           {update_pairs<Rule, false>, update_pairs<Rule, true>},
           update_staged<Rule>};
 }

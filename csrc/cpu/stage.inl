@@ -5,6 +5,7 @@
 
 #include "core/precision.h"
 #include "core/span.h"
+#include "cpu/halves.inl"
 #include "rules/all.h"
 
 namespace hift::HIFT_NS {
@@ -36,6 +37,16 @@ void narrow(const Run& run, const float* from, void* to) {
   for (std::int64_t i = 0; i < run.count; ++i) store(values[i], from[i]);
 }
 
+template <>
+void widen<Float16>(const Run& run, const void* from, float* to) {
+  widen_halves(static_cast<const Float16*>(from) + run.at, to, run.count);
+}
+
+template <>
+void narrow<Float16>(const Run& run, const float* from, void* to) {
+  narrow_halves(from, static_cast<Float16*>(to) + run.at, run.count);
+}
+
 // Weights -----------------------------------------------------------------------------------------
 
 template <class T>
@@ -51,8 +62,18 @@ void widen_master(const Run& run, float* to) {
   }
 }
 
-inline float whole_master(float x, BFloat16) { return settled(x); }
-inline float whole_master(float x, Float16) { return x; }
+template <>
+void widen_master<Float16>(const Run& run, float* to) {
+  const auto* __restrict weights = static_cast<const Float16*>(run.span.param) + run.at;
+  const float* __restrict masters = static_cast<const float*>(run.span.master) + run.at;
+  Float16 rounded[kBlock];
+  narrow_halves(masters, rounded, run.count);
+  widen_halves(weights, to, run.count);
+#pragma omp simd
+  for (std::int64_t i = 0; i < run.count; ++i) {
+    to[i] = rounded[i].bits == weights[i].bits ? masters[i] : to[i];
+  }
+}
 
 template <class T>
 void narrow_master(const Run& run, const float* from) {
@@ -60,10 +81,16 @@ void narrow_master(const Run& run, const float* from) {
   float* __restrict masters = static_cast<float*>(run.span.master) + run.at;
 #pragma omp simd
   for (std::int64_t i = 0; i < run.count; ++i) {
-    const float master = whole_master(from[i], T{});
+    const float master = settled(from[i]);
     masters[i] = master;
     store(weights[i], master);
   }
+}
+
+template <>
+void narrow_master<Float16>(const Run& run, const float* from) {
+  memcpy(static_cast<float*>(run.span.master) + run.at, from, run.count * sizeof *from);
+  narrow<Float16>(run, from, run.span.param);
 }
 
 void widen_split(const Run& run, float* to) {

@@ -34,7 +34,8 @@ std::int64_t whole_blocks(std::int64_t elements) {
 std::vector<InstructionSet> available() {
   std::vector<InstructionSet> sets{{"baseline", baseline::table(), baseline::square_sums()}};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     sets.push_back({"avx2", avx2::table(), avx2::square_sums()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
