@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "bind_norm.h"
+#include "bind_probe.h"
 #include "bind_tensors.h"
 #include "core/check.h"
 #include "core/precision.h"
@@ -364,4 +365,5 @@ PYBIND11_MODULE(_hift_ext, m) {
 #endif
   bind_engine(m);
   hift::bind_norm(m);
+  hift::bind_probe(m);
 }

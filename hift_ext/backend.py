@@ -8,26 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hift_ext import ops, torch_device
+from hift_ext import choices, ops, torch_device
 from hift_ext.engines import PagedEngine, ResidentEngine, StateEngine
+from hift_ext.hardware import cuda_missing
 from hift_ext.precision import PLAIN, Precision
-
-
-def cuda_missing() -> str:
-    """What keeps this build's CUDA kernels from running here, with the cure; or nothing."""
-    if not ops.build_info()["cuda_built"]:
-        return (
-            "this build has no CUDA kernels: `pip install nvidia-cuda-nvcc`, then "
-            "HIFT_CUDA=1 pip install . again"
-        )
-    found = ops.cuda_info()
-    if found["devices"] > 0:
-        return ""
-    return (
-        f"the CUDA {found['runtime'] // 1000} kernels of this build do not run here "
-        f"({found['error']}; the driver knows CUDA {found['driver'] // 1000}): update the driver, "
-        "or build with an nvcc of its version"
-    )
 
 
 def _make_triton_engine(
@@ -72,16 +56,20 @@ def make_engine(
     *,
     store: str,
     backend: str,
-    page_bytes: int | str,
-    staging: int | str,
+    page_bytes: choices.Wish,
+    staging: choices.Wish,
     kept: Precision = PLAIN,
+    groups: Sequence[Sequence[int]] = (),
 ) -> StateEngine:
     """The engine for parameters on `device`: which backend, where state rests, how it is cut.
+
+    `groups` are the elements of each item of the groups to come, by which "auto" is settled; the
+    engine does not have them yet.
 
     Raises:
         RuntimeError: The wish does not fit the device or this build.
         ValueError: `staging` does not hold two pages.
-        OSError: The page file cannot be made.
+        OSError: The page file cannot be made, or state fits nowhere.
     """
     if device.type not in ("cpu", "cuda") or backend not in ("auto", "triton", device.type):
         raise RuntimeError(
@@ -91,13 +79,26 @@ def make_engine(
     missing = cuda_missing() if device.type == "cuda" else ""
     if missing and backend == "cuda":
         raise RuntimeError(f"backend='cuda': {missing}")
-    store = "ram" if store == "auto" else store
-    ring = ops.WHOLE_GROUP if staging == "auto" else int(staging)
-    page = ops.PAGE_BYTES[device.type] if page_bytes == "auto" else int(page_bytes)
-    if page_bytes == "auto" and ring > 0:
-        page = min(page, ring // 2)
-    if backend == "triton" or missing:
-        return _make_triton_engine(streams, device, store, page, ring, kept, missing)
-    if store == "device":
-        return ResidentEngine(streams, device, kept)
-    return PagedEngine(streams, store, page, ring, device, kept)
+    triton = backend == "triton" or missing != ""
+    stored = kept.stored(streams)
+    sizes = [sum(s.nbytes(count) for s in stored for count in group) for group in groups]
+    known = choices.look(device, kernels=not triton) if groups else None
+    choice = choices.choose(
+        sizes,
+        len(stored),
+        known or choices.Machine(on_gpu=device.type == "cuda", kernels=not triton),
+        store=store,
+        staging=staging,
+        page_bytes=page_bytes,
+        element_bytes=sum(sizes) / max(sum(map(sum, groups)), 1),
+    )
+    place = choice.store, choice.page_bytes, choice.staging
+    engine: StateEngine
+    if triton:
+        engine = _make_triton_engine(streams, device, *place, kept, missing)
+    elif choice.store == "device":
+        engine = ResidentEngine(streams, device, kept)
+    else:
+        engine = PagedEngine(streams, *place, device, kept)
+    engine.why = choice.why
+    return engine

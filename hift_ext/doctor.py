@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hift_ext import ops
+from hift_ext import hardware, ops
 from hift_ext._version import __version__
-from hift_ext.backend import cuda_missing
 from hift_ext.engines import PagedEngine
+from hift_ext.hardware import cuda_missing
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _EXTRAS = {
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "cpu": _cpu_name(),
+        "cpu": hardware.cpu_name(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": gpus[0]["name"] if gpus else None,
         "gpus": gpus,
@@ -100,13 +100,6 @@ def _gpus() -> list[dict[str, Any]]:
 def _cuda_version(number: int) -> str | None:
     """CUDA writes 13.0 as 13000; 0 where there is none."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
-
-
-def _cpu_name() -> str:
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _memlock() -> int | None:

@@ -20,7 +20,13 @@ from hift_ext.scratch import Scratch
 
 
 class StateEngine(Protocol):
-    """What keeps the state of all groups and updates one of them."""
+    """What keeps the state of all groups and updates one of them.
+
+    Attributes:
+        why: Why state rests there, and how the ring and its pages were chosen.
+    """
+
+    why: str
 
     @property
     def store_bytes(self) -> int:

@@ -72,6 +72,7 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
     kept = precision.chosen(options, {p.dtype for p in params})
     for group in optimizer.param_groups:
         precision.check_rule(kept, optimizer.rule(group), optimizer.streams(group))
+    counts = [[p.numel() for p in group] for group in parts]
     engine = make_engine(
         streams,
         device,
@@ -80,8 +81,9 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
         page_bytes=options["page_bytes"],
         staging=options["staging"],
         kept=kept,
+        groups=counts,
     )
-    engine.add_groups([[p.numel() for p in group] for group in parts])
+    engine.add_groups(counts)
     for entry in optimizer.state.entries.values():
         entry.lay_out()
     optimizer.state.turns.clear()
@@ -91,7 +93,7 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
     optimizer._device, optimizer._device_index = device, params[0].get_device()
     optimizer._stream_count = len(streams)
     log.info(
-        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB, %s, master %s",
+        "%s: %d groups on %s, state in %s (%.1f MB), ring %.1f MB, %s, master %s%s",
         type(optimizer).__name__,
         len(optimizer._groups),
         device,
@@ -100,6 +102,7 @@ def lay_out(optimizer: HiFTOptimizer) -> StateEngine:
         engine.staging_bytes / 1e6,
         kept.state_dtype,
         kept.master,
+        engine.why and f"; {engine.why}",
     )
     return engine
 

@@ -16,6 +16,7 @@ from hift_ext import ops
 class NormEngine:
     """The norm of a step's gradients, by the compiled module."""
 
+    why: str = ""
     _device: torch.device
 
     def sum_of_squares(

@@ -150,6 +150,21 @@ def cuda_info() -> dict[str, Any]:
     return info
 
 
+def cuda_device(index: int) -> dict[str, Any]:
+    """What the driver tells of a device and torch does not; empty without our CUDA part.
+
+    `pci` (0000:65:00.0), `copy_engines`, `clock_hz`, `memory_hz` (it moves bits twice a period),
+    `bus_bits`.
+
+    Raises:
+        RuntimeError: There is no such device.
+    """
+    if not build_info()["cuda_built"]:
+        return {}
+    facts: dict[str, Any] = _ext.cuda_device(index)
+    return facts
+
+
 def kind(
     rule: str, param: torch.dtype, grad: torch.dtype, ways: tuple[int, int, int] = (0, 0, 0)
 ) -> int:
@@ -251,6 +266,17 @@ def host_slab(size: int) -> Any:
     engine = _ext.Engine([(4, 0, 1)], **kept, store="ram", page_bytes=page, readers=1, writers=1)
     engine.add_groups([[words]])
     return engine.view(0, 0, 0, words)
+
+
+def scratch_folder() -> str:
+    """The folder that `store="disk"` puts its unlinked file in.
+
+    Raises:
+        OSError: No folder is on a disk and takes a file.
+    """
+    kept = {"states": 1, "state_type": 0, "master": False, "staging": 0}
+    engine = _ext.Engine([(4, 0, 1)], **kept, store="disk", page_bytes=1, readers=1, writers=1)
+    return str(engine.folder)
 
 
 def cuda_stream(device: torch.device) -> int:

@@ -82,6 +82,7 @@ def span_of(
 class TritonNorm:
     """The norm of a step's gradients, by Triton."""
 
+    why: str = ""
     _place: torch.device
 
     def sum_of_squares(

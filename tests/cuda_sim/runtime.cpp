@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The runtime's functions that the product calls, with the rules that CUDA documents for them. What
 // CUDA leaves undefined is an error here: it is kept in the statistics, and the call fails.
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -113,6 +114,36 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) {
+  if (device < 0 || device >= kDevices) {
+    return refuse("cudaDeviceGetAttribute of a device that does not exist", cudaErrorInvalidDevice);
+  }
+  switch (what) {
+    case cudaDevAttrAsyncEngineCount:
+      *value = 2;
+      return cudaSuccess;
+    case cudaDevAttrClockRate:  // kHz
+      *value = 1'500'000;
+      return cudaSuccess;
+    case cudaDevAttrMemoryClockRate:
+      *value = 8'001'000;
+      return cudaSuccess;
+    case cudaDevAttrGlobalMemoryBusWidth:  // bits
+      *value = 384;
+      return cudaSuccess;
+    default:
+      return refuse("cudaDeviceGetAttribute of what is not simulated");
+  }
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char* to, int size, int device) {
+  if (device < 0 || device >= kDevices) {
+    return refuse("cudaDeviceGetPCIBusId of a device that does not exist", cudaErrorInvalidDevice);
+  }
+  std::snprintf(to, static_cast<std::size_t>(size), "0000:%02X:00.0", 0x65 + device);
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "simulated error";
 }
@@ -166,6 +197,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   CAN_FAIL;
   CUstream_st* stream = resolve(handle);
   if (!known(stream)) return refuse("cudaMemcpyAsync on a stream that does not exist");
+  if (kind == cudaMemcpyDeviceToDevice) {
+    if (!in_block(to, bytes) || !in_block(from, bytes)) {
+      return refuse("cudaMemcpyAsync beside the device's memory");
+    }
+    push(stream, {Operation::Kind::kRun, [=] { std::memcpy(to, from, bytes); }, nullptr,
+                  "copy on the device", nullptr, 0});
+    progress();
+    return cudaSuccess;
+  }
   const bool in = kind == cudaMemcpyHostToDevice;
   if (!in && kind != cudaMemcpyDeviceToHost) return refuse("cudaMemcpyAsync of another kind");
   const void* device = in ? to : from;
