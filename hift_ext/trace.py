@@ -5,13 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ext.models import ModelSource
+from hift_ext import lora
+from hift_ext.as_on_gpu import AsOnGpu
+from hift_ext.layers import Group, make_groups
+from hift_ext.models import config_of
+from hift_ext.recorder import GRADIENTS, OTHER, WEIGHTS, Recorder
+from hift_ext.workload import Workload, loss_of, make_inputs, make_model
+
+__all__ = ["Peak", "Progress", "Trace", "Workload", "trace", "trace_full", "trace_lora"]
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and the share done, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,14 @@ class Trace:
         name: The group's name.
         params: Number of its parameters.
         numel: Their elements.
-        numel_by_dtype: Their elements by type.
+        counts: Elements of each.
+        dtypes: Type of each.
         start: Live when the step begins.
         forward: Live at the peak inside forward, the loss included.
         backward: Live at the peak inside backward.
         end: Live when backward is over, at `optimizer.step()`: weights, gradients, inputs, loss.
-        forward_flops: Floating-point operations of forward (matrix products and attention).
+        forward_flops: Floating-point operations of forward (matrix products and attention, whose
+            causal half is counted as a whole, as torch's FlopCounterMode does).
         backward_flops: The same of backward, second forwards of checkpoints included.
         executed: False where the numbers follow exactly from those of executed neighbours.
     """
@@ -59,7 +76,8 @@ class Trace:
     name: str
     params: int
     numel: int
-    numel_by_dtype: tuple[tuple[torch.dtype, int], ...]
+    counts: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     start: Peak
     forward: Peak
     backward: Peak
@@ -73,45 +91,32 @@ class Trace:
         """The larger of the peaks inside forward and inside backward."""
         return max(self.forward, self.backward, key=lambda peak: peak.total)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All that is measured, in one row."""
+        peaks = (self.start, self.forward, self.backward, self.end)
+        flat = (value for peak in peaks for value in dataclasses.astuple(peak))
+        return *flat, self.forward_flops, self.backward_flops
 
-@dataclass(frozen=True)
-class Workload:
-    """What is run: a model, a batch, and how.
-
-    Attributes:
-        model: See `hift_ext.models.build`.
-        batch: Sequences a micro-batch.
-        seq: Tokens a sequence.
-        dtype: Type of the weights.
-        autocast: Runs forward under `torch.autocast` to this type ("mixed precision").
-        attention: `"sdpa"` or `"eager"`.
-        grad_checkpointing: Checkpoints every block, with `use_reentrant=False`.
-        layers_per_group: As in `HiFTOptions`.
-        groups: As in `HiFTOptions`: lists of parameter-name prefixes.
-        accumulate: Gradients are there from an earlier micro-batch already.
-    """
-
-    model: ModelSource
-    batch: int
-    seq: int
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-    attention: str = "sdpa"
-    grad_checkpointing: bool = False
-    layers_per_group: int | Literal["all"] = 1
-    groups: Sequence[Sequence[str]] | None = None
-    accumulate: bool = False
-
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done, and the share done, 0 to 1."""
+    def with_numbers(self, numbers: Sequence[int]) -> Trace:
+        """The same group with other numbers, not executed."""
+        peaks = [Peak(*numbers[i : i + 4]) for i in (0, 4, 8, 12)]
+        return dataclasses.replace(
+            self,
+            **dict(zip(("start", "forward", "backward", "end"), peaks, strict=True)),
+            forward_flops=numbers[16],
+            backward_flops=numbers[17],
+            executed=False,
+        )
 
 
 def trace(workload: Workload, *, progress: Progress | None = None) -> list[Trace]:
     """Executes one forward and backward per distinct position of the active group.
 
-    Groups between two executed positions are not executed where a third one in the middle is
-    exactly what the two predict.
+    Between two executed positions of a run of like groups the others follow, where two more in the
+    middle are to the byte what the outer two predict; else the run is halved. A peak is the largest
+    of sums that are linear in the position of like groups, so it is convex in it: a chord that it
+    touches inside it does not leave. Two neighbours are tried, for blocks that alternate.
 
     Args:
         workload: What is run.
@@ -121,16 +126,163 @@ def trace(workload: Workload, *, progress: Progress | None = None) -> list[Trace
         One Trace a group, in forward order.
 
     Raises:
-        ValueError: A batch or length below 1, or beyond the model's positions.
+        ValueError: Nothing is trainable, `seq` is beyond the model's positions, or the model does
+            not fit the workload.
     """
-    raise NotImplementedError
+    with _fake(workload) as model:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("the model has no parameter that requires gradients")
+        groups = make_groups(
+            model,
+            trainable,
+            layers_per_group=workload.layers_per_group,
+            groups=workload.groups,
+        )
+        runner = _Runner(workload, model, groups, trainable, progress)
+        for first, last in _runs(groups):
+            runner.fill(first, last)
+        return [runner.done[i] for i in range(len(groups))]
 
 
 def trace_full(workload: Workload) -> Trace:
-    """One step of standard full fine-tuning: every parameter has a gradient."""
-    raise NotImplementedError
+    """One step of standard full fine-tuning: every trainable parameter has a gradient."""
+    with _fake(workload) as model:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return _execute(workload, model, trained, "full fine-tuning")
 
 
 def trace_lora(workload: Workload, rank: int = 16) -> Trace:
-    """One step of LoRA: float32 adapters of `rank` on every linear layer of the blocks."""
-    raise NotImplementedError
+    """One step of LoRA: float32 adapters of `rank` on every linear layer of the blocks.
+
+    Raises:
+        ValueError: The model has no blocks with linear layers, or `rank` is below 1.
+    """
+    with _fake(workload) as model:
+        trained = lora.adapt(model, rank)
+        return _execute(workload, model, trained, f"LoRA, rank {rank}")
+
+
+@contextlib.contextmanager
+def _fake(workload: Workload) -> Iterator[nn.Module]:
+    """The workload's model as fake tensors, in training."""
+    model = workload.model
+    if not isinstance(model, nn.Module) and not callable(model):
+        # Read before anything is fake: what an import makes outlives the mode.
+        workload = dataclasses.replace(workload, model=config_of(model))
+    # A mask stays real: see make_inputs.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield make_model(workload)
+
+
+def _runs(groups: Sequence[Group]) -> Iterator[tuple[int, int]]:
+    """First and last index of each stretch of groups with parameters of the same shapes."""
+    shapes = [[p.shape for p in group.params] for group in groups]
+    first = 0
+    for i in range(1, len(groups) + 1):
+        if i == len(groups) or shapes[i] != shapes[first]:
+            yield first, i - 1
+            first = i
+
+
+@dataclass
+class _Runner:
+    """Executes groups, each once at most."""
+
+    workload: Workload
+    model: nn.Module
+    groups: Sequence[Group]
+    trainable: Sequence[nn.Parameter]
+    progress: Progress | None
+    done: dict[int, Trace] = field(default_factory=dict)
+
+    def run(self, index: int) -> Trace:
+        """The group's trace, executed now or before."""
+        if index not in self.done:
+            group = self.groups[index]
+            if self.progress is not None:
+                self.progress(f"tracing {group.name}", len(self.done) / len(self.groups))
+            for param in self.trainable:
+                param.requires_grad_(False)
+            self.done[index] = _execute(self.workload, self.model, group.params, group.name, index)
+        return self.done[index]
+
+    def fill(self, first: int, last: int) -> None:
+        """Fills in a stretch of like groups."""
+        low, high = self.run(first), self.run(last)
+        middle = (first + last) // 2
+        if last - first < 4:  # as many executions as all of them
+            for index in range(first + 1, last):
+                self.run(index)
+            return
+        tried = (middle, middle + 1)
+        if all(self.run(i).numbers == _between(low, high, i) for i in tried):
+            for index in range(first + 1, last):
+                if index not in self.done:
+                    group, numbers = self.groups[index], _between(low, high, index)
+                    assert numbers is not None  # their differences are whole multiples of a step
+                    like = dataclasses.replace(low, index=index, name=group.name)
+                    self.done[index] = like.with_numbers(numbers)
+            return
+        self.fill(first, middle)
+        self.fill(middle + 1, last)
+
+
+def _between(low: Trace, high: Trace, index: int) -> tuple[int, ...] | None:
+    """The numbers on the line through two traces; None where they are not whole."""
+    share = Fraction(index - low.index, high.index - low.index)
+    found = [a + (b - a) * share for a, b in zip(low.numbers, high.numbers, strict=True)]
+    return tuple(int(x) for x in found) if all(x.denominator == 1 for x in found) else None
+
+
+def _execute(
+    workload: Workload,
+    model: nn.Module,
+    trained: Sequence[torch.Tensor],
+    name: str,
+    index: int = -1,
+) -> Trace:
+    """One forward and backward in which `trained` have gradients, and nothing is left behind."""
+    for param in trained:
+        param.requires_grad_(True)
+        param.grad = torch.zeros_like(param) if workload.accumulate else None
+    inputs = make_inputs(workload, model)
+    recorder = Recorder()
+    recorder.hold([*model.parameters(), *model.buffers()], WEIGHTS)
+    recorder.hold([p.grad for p in trained if p.grad is not None], GRADIENTS)
+    recorder.hold([x for x in inputs.values() if isinstance(x, torch.Tensor)], OTHER)
+    kind = workload.autocast
+    with recorder, AsOnGpu():
+        with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
+            loss = loss_of(model, inputs)
+        recorder.boundary = recorder.now
+        forward_flops = recorder.flops
+        if not loss.requires_grad:
+            raise ValueError(f"the loss does not depend on {name!r}: nothing would be trained")
+        loss.backward()
+    recorder.mark([p.grad for p in trained if p.grad is not None], GRADIENTS)
+    live = recorder.live()
+    totals = live.sum(axis=0)
+    cut = recorder.boundary + 1
+
+    def at(column: Any) -> Peak:
+        return Peak(*(int(x) for x in live[:, column]))
+
+    made = Trace(
+        index=index,
+        name=name,
+        params=len(trained),
+        numel=sum(p.numel() for p in trained),
+        counts=tuple(p.numel() for p in trained),
+        dtypes=tuple(p.dtype for p in trained),
+        start=at(0),
+        forward=at(totals[:cut].argmax()),
+        backward=at(cut + totals[cut:].argmax()),
+        end=at(-1),
+        forward_flops=forward_flops,
+        backward_flops=recorder.flops - forward_flops,
+    )
+    for param in trained:
+        param.grad = None
+        param.requires_grad_(False)
+    return made
