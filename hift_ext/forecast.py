@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+# What a plan was asked for, and looks at it: peaks from traces, a step's time from counted FLOPs
+# and the pages that travel meanwhile. Looks are kept, for each is a trace of the model.
+"""Forecasts of a step's memory and time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hift_ext import ops, precision, transfer
+from hift_ext.adagrad import Adagrad
+from hift_ext.adamw import Adam, AdamW
+from hift_ext.footprint import SMALL_RING, GroupFootprint, hift_only
+from hift_ext.machine import GPUS, Machine
+from hift_ext.models import ModelSource
+from hift_ext.ops import Stored
+from hift_ext.options import STORES
+from hift_ext.precision import Precision
+from hift_ext.schedule import make_order
+from hift_ext.sgd import SGD
+from hift_ext.trace import Progress, Trace, Workload, trace
+
+DTYPES: Mapping[str, tuple[torch.dtype, torch.dtype | None]] = MappingProxyType(
+    {
+        "float32": (torch.float32, None),
+        "bfloat16": (torch.bfloat16, None),
+        "float16": (torch.float16, None),
+        "mixed": (torch.float32, torch.bfloat16),
+    }
+)
+"""Weights' type, and the type that forward is autocast to."""
+
+STATE_DTYPES: Mapping[str, torch.dtype | str] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+)
+
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+_RULES: Mapping[str, Callable[[list[nn.Parameter]], Any]] = MappingProxyType(
+    {
+        "adamw": lambda p: AdamW(p, layers_per_group="all"),
+        "adam": lambda p: Adam(p, layers_per_group="all"),
+        "adagrad": lambda p: Adagrad(p, layers_per_group="all"),
+        "sgdm": lambda p: SGD(p, momentum=0.9, layers_per_group="all"),
+        "sgd": lambda p: SGD(p, layers_per_group="all"),
+    }
+)
+OPTIMIZERS = tuple(_RULES)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan is made for.
+
+    Attributes:
+        model: See `hift_ext.models.build`.
+        gpu: A card's key, or "here".
+        batch: Sequences a step.
+        seq: Tokens a sequence.
+        dtype: Of weights and gradients; "mixed": float32 weights, bfloat16 autocast.
+        optimizer: "adamw", "adam", "adagrad", "sgdm" (momentum) or "sgd".
+        layers_per_group: As in `HiFTOptions`.
+        order: As in `HiFTOptions`.
+        master: As in `HiFTOptions`.
+        state_dtype: "float32", "bfloat16" or "8bit".
+        grad_checkpointing: Checkpoints every block, with `use_reentrant=False`.
+        host_memory: Bytes of host memory for state; None: what is free here, or unknown.
+        store: As in `HiFTOptions`.
+        staging: Bytes of the ring; "auto": a small one, at most 256 MiB.
+        page_bytes: As in `HiFTOptions`.
+        attention: "sdpa" or "eager".
+    """
+
+    model: ModelSource
+    gpu: str = "a6000"
+    batch: int = 1
+    seq: int = 512
+    dtype: str = "float32"
+    optimizer: str = "adamw"
+    layers_per_group: int | Literal["all"] = 1
+    order: str = "bottom2up"
+    master: str | None = "auto"
+    state_dtype: str = "float32"
+    grad_checkpointing: bool = False
+    host_memory: int | None = None
+    store: str = "auto"
+    staging: int | Literal["auto"] = "auto"
+    page_bytes: int | Literal["auto"] = "auto"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "state_dtype"):
+            given = str(getattr(self, name)).removeprefix("torch.")
+            object.__setattr__(self, name, _SHORT.get(given, given))
+        for name, offered in (
+            ("gpu", GPUS),
+            ("dtype", DTYPES),
+            ("optimizer", OPTIMIZERS),
+            ("state_dtype", STATE_DTYPES),
+            ("order", ("bottom2up", "top2down", "random")),
+            ("attention", ("sdpa", "eager")),
+            ("store", STORES),
+        ):
+            value = getattr(self, name)
+            if value not in offered:
+                raise ValueError(f"{name}={value!r} is not offered; offered: {', '.join(offered)}")
+        for name, least in (("batch", 1), ("seq", 1), ("host_memory", 0), ("staging", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not (whole or (name == "host_memory" and value is None) or value == "auto"):
+                raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}")
+
+    @property
+    def workload(self) -> Workload:
+        """What is to be traced."""
+        weights, autocast = DTYPES[self.dtype]
+        return Workload(
+            self.model,
+            self.batch,
+            self.seq,
+            dtype=weights,
+            autocast=autocast,
+            attention=self.attention,
+            grad_checkpointing=self.grad_checkpointing,
+            layers_per_group=self.layers_per_group,
+        )
+
+    @property
+    def precision(self) -> Precision:
+        """How weights and state are kept.
+
+        Raises:
+            ValueError: They cannot be kept so.
+        """
+        options = {
+            "master": self.master,
+            "rounding": "nearest",
+            "state_dtype": STATE_DTYPES[self.state_dtype],
+        }
+        kept = precision.chosen(options, {DTYPES[self.dtype][0]})
+        rule = _RULES[self.optimizer]([nn.Parameter(torch.zeros(1, device="cpu"))])
+        (group,) = rule.param_groups
+        precision.check_rule(kept, rule.rule(group), rule.streams(group))
+        return kept
+
+    @property
+    def stored(self) -> list[Stored]:
+        """The streams of a page."""
+        rule = _RULES[self.optimizer]([nn.Parameter(torch.zeros(1, device="cpu"))])
+        return self.precision.stored(rule.streams(rule.param_groups[0]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What footprints need to know of the optimizer."""
+        return {
+            "optimizer": self.optimizer,
+            "master": self.master,
+            "state_dtype": STATE_DTYPES[self.state_dtype],
+        }
+
+    def but(self, **changes: Any) -> Settings:
+        """The same with other values."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Memory and time of every group's step with one ring.
+
+    Attributes:
+        store: "ram", "disk" or "device".
+        staging: Bytes of the ring as asked for; 0: pages are updated in host memory.
+        page_bytes: Upper bound of a page's record.
+        ring_bytes: The ring as it is made.
+        footprints: Of each group.
+        steps: Of each group.
+    """
+
+    store: str
+    staging: int
+    page_bytes: int
+    ring_bytes: int
+    footprints: tuple[GroupFootprint, ...]
+    steps: tuple[transfer.Step, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the group that needs most."""
+        return max(group.peak_bytes for group in self.footprints)
+
+    def mean(self, name: str) -> float:
+        """A figure of the steps, averaged over a pass."""
+        return sum(getattr(step, name) for step in self.steps) / len(self.steps)
+
+
+class Forecaster:
+    """Makes forecasts for one machine, and keeps the traces they need.
+
+    Args:
+        machine: For which.
+        progress: Told how far a trace is.
+    """
+
+    def __init__(self, machine: Machine, progress: Progress | None = None) -> None:
+        self.machine = machine
+        self._progress = progress
+        self._traces: dict[tuple[Any, ...], tuple[Trace, ...]] = {}
+
+    def traces(self, settings: Settings) -> tuple[Trace, ...]:
+        """Of every group."""
+        work = settings.workload
+        key = (
+            work.batch,
+            work.seq,
+            work.dtype,
+            work.autocast,
+            work.attention,
+            work.grad_checkpointing,
+            work.layers_per_group,
+        )
+        if key not in self._traces:
+            self._traces[key] = tuple(trace(work, progress=self._progress))
+        return self._traces[key]
+
+    def peak(self, settings: Settings) -> int:
+        """Peak bytes of the group that needs most, with the small ring."""
+        store = "ram" if settings.store == "auto" else settings.store
+        made = hift_only(
+            self.traces(settings),
+            **settings.options,
+            store=store,
+            staging=ring_of(settings),
+            page_bytes=page_of(settings),
+        )
+        return max(group.peak_bytes for group in made)
+
+    def forecast(self, settings: Settings, store: str) -> Forecast:
+        """Memory and time of every step with state in `store`: "ram", "disk" or "device"."""
+        traces = self.traces(settings)
+        staging, page = ring_of(settings), page_of(settings)
+        made = hift_only(traces, **settings.options, store=store, staging=staging, page_bytes=page)
+        steps = self._steps(settings, traces, store, staging, page)
+        return Forecast(store, staging, page, made[0].ring, made, tuple(steps))
+
+    def _steps(
+        self, settings: Settings, traces: Sequence[Trace], store: str, staging: int, page: int
+    ) -> list[transfer.Step]:
+        stored = settings.stored
+        weights, autocast = DTYPES[settings.dtype]
+        flops = self.machine.flops(autocast or weights)
+        groups = []
+        for found in traces:
+            moved = sum(stream.nbytes(found.numel) for stream in stored)
+            weights_bytes = sum(dtype.itemsize * count for dtype, count in found.numel_by_dtype)
+            groups.append(
+                transfer.Group(
+                    () if store == "device" else transfer.cut([found.numel], stored, page),
+                    (2 * moved if staging > 0 else 0) + 3 * weights_bytes,
+                    1e3 * (found.forward_flops + found.backward_flops) / flops,
+                )
+            )
+        where = "ram" if store == "device" else store
+        link = self.machine.link(where, len(stored), ring=staging > 0)
+        if staging == 0:
+            return transfer.over_the_bus(groups, link)
+        slots = transfer.slots_of(groups, staging)
+        order = make_order(settings.order, len(groups), seed=0)
+        return transfer.through_a_ring(groups, link, slots, order=order, all_first=store == "disk")
+
+
+def ring_of(settings: Settings) -> int:
+    """Bytes of the ring that a plan assumes unless it is told."""
+    return SMALL_RING if settings.staging == "auto" else settings.staging
+
+
+def page_of(settings: Settings) -> int:
+    """Upper bound of a page's record, as the optimizer chooses it for such a ring on a GPU."""
+    if settings.page_bytes != "auto":
+        return settings.page_bytes
+    ring = ring_of(settings)
+    return min(ops.PAGE_BYTES["cuda"], ring // 2) if ring > 0 else ops.PAGE_BYTES["cuda"]

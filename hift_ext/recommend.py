@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# Settings that make the most of a card: the largest batch first, then layers a group, then the
+# ring, each from what the one before leaves. What is recommended was traced, not extrapolated.
+"""Recommended settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hift_ext import choices, ops
+from hift_ext.forecast import Forecaster, Settings
+from hift_ext.search import largest
+
+MOST_BATCH = 4096
+"""Larger batches are not looked for."""
+
+SEQ_UNIT = 16
+"""Lengths are looked for in such steps."""
+
+_CLASSES = {"adamw": "AdamW", "adam": "Adam", "adagrad": "Adagrad", "sgdm": "SGD", "sgd": "SGD"}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Settings, and what they come to.
+
+    Attributes:
+        batch: Sequences a step; 0: nothing fits.
+        seq: Tokens a sequence.
+        dtype: Of weights.
+        master: As in `HiFTOptions`.
+        state_dtype: Of state.
+        grad_checkpointing: Whether blocks are checkpointed.
+        layers_per_group: As in `HiFTOptions`.
+        store: As in `HiFTOptions`.
+        staging: As in `HiFTOptions`, bytes.
+        page_bytes: As in `HiFTOptions`.
+        peak_bytes: Of the step that needs most.
+        step_ms: The average step.
+        exposed_ms: Of it waiting for pages.
+        tokens_per_s: At that.
+        call: A line of Python.
+        why: A sentence for each choice.
+    """
+
+    batch: int
+    seq: int
+    dtype: str
+    master: str | None
+    state_dtype: str
+    grad_checkpointing: bool
+    layers_per_group: int | Literal["all"]
+    store: str
+    staging: int
+    page_bytes: int
+    peak_bytes: int
+    step_ms: float
+    exposed_ms: float
+    tokens_per_s: float
+    call: str
+    why: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "why": list(self.why)}
+
+
+def recommend(forecaster: Forecaster, asked: Settings, store: str) -> Recommendation:
+    """The largest batch at the asked length, or what has to change for one to fit.
+
+    Args:
+        forecaster: For which machine.
+        asked: What was asked for.
+        store: Where state rests.
+    """
+    asked = asked.but(store=store)
+    why: list[str] = []
+    settings, batch = asked, 0
+    for settings, change in _ways(asked):
+        batch = largest_batch(forecaster, settings)
+        if batch:
+            if change:
+                why.append(f"no batch of {asked.seq} tokens fits as asked for: {change}")
+            break
+    if not batch:
+        length = longest(forecaster, asked, most=asked.seq)
+        if not length:
+            return _nothing(forecaster, asked)
+        why.append(f"no batch of {asked.seq} tokens fits; one sequence of {length} does")
+        settings, batch = asked.but(seq=length), 1
+    settings = settings.but(batch=batch)
+    why.append(f"the next larger batch ({batch + 1} x {settings.seq}) does not fit")
+    settings = _more_layers(forecaster, settings, why)
+    return _with_ring(forecaster, settings, why)
+
+
+def largest_batch(forecaster: Forecaster, settings: Settings, most: int = MOST_BATCH) -> int:
+    """The largest batch that fits with the small ring; 0 if none does."""
+    asked = settings.batch
+    return largest(
+        lambda n: forecaster.peak(settings.but(batch=n)),
+        forecaster.machine.limit_bytes,
+        most=most,
+        known={asked: forecaster.peak(settings)},
+        fixed=_fixed(forecaster, settings),
+    )
+
+
+def longest(forecaster: Forecaster, settings: Settings, most: int, unit: int = SEQ_UNIT) -> int:
+    """The longest sequence, a multiple of `unit`, of which one fits; 0 if none does."""
+    one = settings.but(batch=1)
+
+    def peak(n: int) -> int:
+        return forecaster.peak(one.but(seq=n * unit))
+
+    start = max(min(settings.seq, most) // unit, 1)
+    fixed = _fixed(forecaster, one.but(seq=start * unit))
+    limit = forecaster.machine.limit_bytes
+    known = {start: peak(start)}
+    return unit * largest(peak, limit, most=most // unit, known=known, fixed=fixed)
+
+
+def _fixed(forecaster: Forecaster, settings: Settings) -> int:
+    """Bytes that do not grow with the batch."""
+    made = forecaster.forecast(settings, settings.store if settings.store != "auto" else "ram")
+    return max(found.weights + found.gradients + found.ring for found in made.footprints)
+
+
+def _ways(asked: Settings) -> Iterator[tuple[Settings, str]]:
+    """As asked, and then with what saves memory."""
+    yield asked, ""
+    saved = "gradient checkpointing keeps a block's input in place of what is inside"
+    halved = "bfloat16 weights with split masters take half the memory and keep float32's numbers"
+    if not asked.grad_checkpointing:
+        yield asked.but(grad_checkpointing=True), saved
+    if asked.dtype in ("float32", "mixed"):
+        half = asked.but(dtype="bfloat16", master="auto")
+        yield half, halved
+        if not asked.grad_checkpointing:
+            yield half.but(grad_checkpointing=True), f"{halved}; {saved}"
+
+
+def _more_layers(forecaster: Forecaster, settings: Settings, why: list[str]) -> Settings:
+    """As many layers a group, in powers of two, as fit beside the batch."""
+    m = settings.layers_per_group
+    if not isinstance(m, int):
+        return settings
+    limit = forecaster.machine.limit_bytes
+    groups = forecaster.forecast(settings, settings.store).footprints
+    sizes = [group.gradients or 0 for group in groups]
+    peak = forecaster.peak(settings)
+    factor = 1
+    while 2 * factor <= len(groups):
+        wider = 2 * factor
+        sums = [sum(sizes[i : i + wider]) for i in range(0, len(sizes), wider)]
+        if peak + max(sums) - max(sizes) > limit:
+            break
+        factor = wider
+    # Gradients are not all that grows: layers that are trained keep their inputs, too.
+    while factor > 1:
+        wider_groups = settings.but(layers_per_group=factor * m)
+        if forecaster.peak(wider_groups) <= limit:
+            why.append(
+                f"{factor * m} layers a group fit beside that batch: every weight is updated "
+                f"{factor} times as often"
+            )
+            return wider_groups
+        factor //= 2
+    return settings
+
+
+def _with_ring(forecaster: Forecaster, settings: Settings, why: list[str]) -> Recommendation:
+    """Ring and page by the rules of choices.py, from what the peak leaves."""
+    small = forecaster.forecast(settings, settings.store)
+    limit = forecaster.machine.limit_bytes
+    sizes = [step.bytes_out for step in small.steps]
+    chosen = choices.choose(
+        sizes,
+        len(settings.stored),
+        forecaster.machine.chosen(limit - small.peak_bytes + small.ring_bytes),
+        store=settings.store,
+        staging=settings.staging,
+        page_bytes=settings.page_bytes,
+    )
+    staging = chosen.staging
+    if staging == ops.WHOLE_GROUP:
+        staging = -(-max(sizes) // chosen.page_bytes) * chosen.page_bytes
+    final = settings.but(staging=staging, page_bytes=chosen.page_bytes)
+    made = forecaster.forecast(final, settings.store)
+    if made.peak_bytes > limit:  # the rule leaves less room than the small ring takes
+        final, made = settings, small
+    elif chosen.why:
+        why.append(chosen.why)
+    step_ms = made.mean("step_ms")
+    return Recommendation(
+        final.batch,
+        final.seq,
+        final.dtype,
+        final.master,
+        final.state_dtype,
+        final.grad_checkpointing,
+        final.layers_per_group,
+        made.store,
+        made.staging,
+        made.page_bytes,
+        made.peak_bytes,
+        step_ms,
+        made.mean("exposed_ms"),
+        1e3 * final.batch * final.seq / step_ms,
+        _call(final, made.staging, made.page_bytes),
+        tuple(why),
+    )
+
+
+def _nothing(forecaster: Forecaster, asked: Settings) -> Recommendation:
+    """Where not even one short sequence fits."""
+    made = forecaster.forecast(asked, asked.store)
+    weights = max(group.weights for group in made.footprints)
+    return Recommendation(
+        0,
+        0,
+        asked.dtype,
+        asked.master,
+        asked.state_dtype,
+        asked.grad_checkpointing,
+        asked.layers_per_group,
+        made.store,
+        made.staging,
+        made.page_bytes,
+        made.peak_bytes,
+        0.0,
+        0.0,
+        0.0,
+        "",
+        (
+            f"nothing fits: the weights alone take {weights / 2**30:.2f} GiB in {asked.dtype}, and "
+            f"tensors can have {forecaster.machine.limit_bytes / 2**30:.2f} GiB. Take a larger "
+            "card, or fewer bytes a weight (--dtype bfloat16)",
+        ),
+    )
+
+
+def _call(settings: Settings, staging: int, page_bytes: int) -> str:
+    """How the optimizer is made, what is default left out."""
+    options: dict[str, Any] = {
+        "momentum": 0.9 if settings.optimizer == "sgdm" else None,
+        "layers_per_group": settings.layers_per_group if settings.layers_per_group != 1 else None,
+        "order": settings.order if settings.order != "bottom2up" else None,
+        "store": settings.store,
+        "staging": staging if settings.store != "device" else None,
+        "page_bytes": page_bytes if settings.store != "device" else None,
+    }
+    words = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if settings.master != "auto":
+        words.append(f"master={settings.master!r}")
+    if settings.state_dtype != "float32":
+        eight = settings.state_dtype == "8bit"
+        words.append("state_dtype=" + ('"8bit"' if eight else f"torch.{settings.state_dtype}"))
+    return f"hift_ext.{_CLASSES[settings.optimizer]}(model, lr, {', '.join(words)})".replace(
+        "'", '"'
+    )
