@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=arguments.json)
     try:
         if arguments.command == "doctor":
-            result = doctor.run(console)
+            result = doctor.run(console, arguments.probe)
         elif arguments.command == "plan":
             result = plan_cli.run(arguments, console)
         else:
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[shared],
         epilog=_EXIT_CODES,
         help="what was built, what is here, what will be used, what is missing",
+    ).add_argument(
+        "--probe",
+        nargs="?",
+        const="missing",
+        choices=["missing", "again"],
+        help="measure memory, disk and link, and keep the rates: what is not known, or all again",
     )
     plan = commands.add_parser(
         "plan",

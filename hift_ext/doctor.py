@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hift_ext import hardware, ops
+from hift_ext import hardware, ops, probe
 from hift_ext._version import __version__
 from hift_ext.engines import PagedEngine
 from hift_ext.hardware import cuda_missing
@@ -30,14 +31,22 @@ _EXTRAS = {
 }
 
 
-def run(console: Console) -> dict[str, Any]:
+def run(console: Console, measure: str | None = None) -> dict[str, Any]:
     """Examines build and machine, and prints what it finds.
+
+    Args:
+        console: Where to.
+        measure: None: what the cache has of memory, disk and link; `"missing"` measures what it
+            does not have, `"again"` all of it.
 
     Returns:
         The figures that `--json` writes: bytes in bytes, sizes of nothing in GB.
     """
-    report = examine()
+    probed = None if measure is None else probe.measure(again=measure == "again")
+    report = examine(probed)
     console.print(_table(report))
+    for note in report["probe"]["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     for lack in report["missing"]:
         console.print(
             f"missing: {lack['what']}\n    {lack['command']}", markup=False, soft_wrap=True
@@ -47,10 +56,17 @@ def run(console: Console) -> dict[str, Any]:
     return report
 
 
-def examine() -> dict[str, Any]:
-    """Everything the doctor knows, as plain values; `missing` lists what could be better."""
+def examine(probed: probe.Probe | None = None) -> dict[str, Any]:
+    """Everything the doctor knows, as plain values; `missing` lists what could be better.
+
+    Args:
+        probed: What was measured; None: what the cache has.
+    """
     build, cuda = ops.build_info(), ops.cuda_info()
-    gpus = _gpus()
+    gpus, scratch = _gpus(), _scratch()
+    card = hardware.present()
+    if probed is None:
+        probed = probe.cached(None if card is None else card.index, scratch["scratch"])
     report = {
         "version": __version__,
         "compiler": build["compiler"],
@@ -70,10 +86,12 @@ def examine() -> dict[str, Any]:
         "cuda_error": cuda["error"] or None,
         "memlock_bytes": _memlock(),
         "huge_pages": _huge_pages(),
-        **_scratch(),
+        **scratch,
         "backend": backend(),
         "isa": build["isa"],
         "threads": torch.get_num_threads(),
+        "profile": None if card is None else _profile(card),
+        "probe": probed.as_dict(),
         "extras": {extra: _installed(names) for extra, names in _EXTRAS.items()},
     }
     report["missing"] = _missing(report)
@@ -95,6 +113,21 @@ def _gpus() -> list[dict[str, Any]]:
         {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory}
         for p in found
     ]
+
+
+def _profile(card: hardware.Present) -> dict[str, Any]:
+    """Plain values: bytes, bytes/s, FLOP/s."""
+    profile = card.profile
+    plain = {f.name: getattr(profile, f.name) for f in dataclasses.fields(profile)}
+    return {
+        **plain,
+        "capability": list(profile.capability),
+        "flops": dict(profile.flops),
+        "usable_bytes": profile.usable_bytes,
+        "link_bytes_per_s": profile.link_bytes_per_s,
+        "known": card.known,
+        "link": None if card.link is None else dataclasses.asdict(card.link),
+    }
 
 
 def _cuda_version(number: int) -> str | None:
@@ -230,6 +263,8 @@ def _table(report: dict[str, Any]) -> Table:
             ),
             "O_DIRECT": "yes" if report["o_direct"] else "no",
         },
+        "card": _card_lines(report["profile"]),
+        "measured": _probe_lines(report["probe"]),
         "used": {
             "backend": report["backend"],
             "instruction set": report["isa"],
@@ -237,11 +272,54 @@ def _table(report: dict[str, Any]) -> Table:
         },
     }
     for section, lines in sections.items():
+        if not lines:
+            continue
         for name, value in lines.items():
             table.add_row(section, name, value)
             section = ""
         table.add_section()
     return table
+
+
+def _card_lines(profile: dict[str, Any] | None) -> dict[str, str]:
+    """What the table says of the first GPU."""
+    if profile is None:
+        return {}
+    link = profile["link"]
+    speed = f"PCIe {profile['pcie_generation']} x{profile['pcie_lanes']}"
+    now = f", now at generation {link['generation']}" if link else ", assumed"
+    return {
+        "profile": profile["key"] if profile["known"] else "made from what the driver tells",
+        "multiprocessors": str(profile["sms"]),
+        "memory for tensors": _size(profile["usable_bytes"]),
+        "memory bandwidth": _rate(profile["bandwidth"]),
+        "link": f"{speed} ({_rate(profile['link_bytes_per_s'])} each way, nominal{now})",
+        "copy engines": str(profile["copy_engines"]),
+    }
+
+
+def _probe_lines(measured: dict[str, Any]) -> dict[str, str]:
+    """What the table says of measured rates."""
+    host, disk, bus = (measured[name] for name in ("host", "disk", "bus"))
+    lines = {}
+    if host:
+        lines["host copy"] = _rate(host["copy"])
+    if disk:
+        how = "direct" if disk["direct"] else "through the page cache"
+        lines["disk"] = f"{_rate(disk['read'])} in, {_rate(disk['write'])} out, {how}"
+    if bus:
+        lines["to the GPU, from it"] = f"{_rate(bus['to_device'])}, {_rate(bus['to_host'])}"
+        lines["both at once"] = f"{_rate(bus['both_ways'])} each way"
+        lines["over the bus"] = (
+            f"read at {_rate(bus['zero_copy_read'])}, updated at {_rate(bus['zero_copy_update'])}"
+        )
+        lines["copy on the GPU"] = _rate(bus["device_copy"])
+        lines["latency of a copy"] = f"{1e6 * bus['copy_latency_s']:.3g} us"
+    return lines or {"rates": "not yet: python -m hift_ext doctor --probe"}
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s"
 
 
 def _size(count: float) -> str:

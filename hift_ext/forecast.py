@@ -211,57 +211,81 @@ class Forecaster:
     def __init__(self, machine: Machine, progress: Progress | None = None) -> None:
         self.machine = machine
         self._progress = progress
-        self._traces: dict[tuple[Any, ...], tuple[Trace, ...]] = {}
+        self._whole: dict[tuple[Any, ...], tuple[Trace, ...]] = {}
+        self._heaviest: dict[tuple[Any, ...], int] = {}
 
     def traces(self, settings: Settings) -> tuple[Trace, ...]:
         """Of every group."""
-        work = settings.workload
-        key = (
-            work.batch,
-            work.seq,
-            work.dtype,
-            work.autocast,
-            work.attention,
-            work.grad_checkpointing,
-            work.layers_per_group,
-        )
-        if key not in self._traces:
-            self._traces[key] = tuple(trace(work, progress=self._progress))
-        return self._traces[key]
+        key = _shape(settings)
+        if key not in self._whole:
+            self._whole[key] = tuple(trace(settings.workload, progress=self._progress))
+        return self._whole[key]
 
     def peak(self, settings: Settings) -> int:
-        """Peak bytes of the group that needs most, with the small ring."""
-        store = "ram" if settings.store == "auto" else settings.store
-        made = hift_only(
-            self.traces(settings),
+        """Peak bytes of the group that needs most, with the ring that is asked for."""
+        held = self._made(settings, self.traces(settings), store_or_ram(settings))[0].ring
+        return max(_top(found) for found in self.traces(settings)) + held
+
+    def quick_peak(self, settings: Settings, like: Settings) -> int:
+        """The same by fewer executions: of the groups that need most in what was traced before.
+
+        Args:
+            settings: Differ from `like` in batch and length alone.
+            like: All of its groups are traced.
+        """
+        if _shape(settings) in self._whole:
+            return self.peak(settings)
+        before = self.traces(like)
+        # With more tokens it is where most is kept, with fewer where the gradients are largest.
+        heavy = {max(range(len(before)), key=lambda i: _top(before[i]))}
+        heavy.add(max(range(len(before)), key=lambda i: before[i].numel))
+        for index in sorted(heavy):
+            key = (*_shape(settings), index)
+            if key not in self._heaviest:
+                (found,) = trace(settings.workload, progress=self._progress, indices=[index])
+                self._heaviest[key] = _top(found)
+        held = self._made(like, before, store_or_ram(like))[0].ring
+        return max(self._heaviest[(*_shape(settings), index)] for index in heavy) + held
+
+    def fixed(self, settings: Settings) -> int:
+        """Bytes that do not grow with the batch, of settings whose groups are traced."""
+        made = self._made(settings, self.traces(settings), store_or_ram(settings))
+        return max(found.weights + found.gradients + found.ring for found in made)
+
+    def forecast(self, settings: Settings, store: str) -> Forecast:
+        """Memory and time of every step with state in `store`: "ram", "disk" or "device"."""
+        traces = self.traces(settings)
+        made = self._made(settings, traces, store)
+        steps = self._steps(settings, traces, store)
+        return Forecast(
+            store, ring_of(settings), page_of(settings), made[0].ring, made, tuple(steps)
+        )
+
+    def _made(
+        self, settings: Settings, traces: Sequence[Trace], store: str
+    ) -> tuple[GroupFootprint, ...]:
+        return hift_only(
+            traces,
             **settings.options,
             store=store,
             staging=ring_of(settings),
             page_bytes=page_of(settings),
         )
-        return max(group.peak_bytes for group in made)
-
-    def forecast(self, settings: Settings, store: str) -> Forecast:
-        """Memory and time of every step with state in `store`: "ram", "disk" or "device"."""
-        traces = self.traces(settings)
-        staging, page = ring_of(settings), page_of(settings)
-        made = hift_only(traces, **settings.options, store=store, staging=staging, page_bytes=page)
-        steps = self._steps(settings, traces, store, staging, page)
-        return Forecast(store, staging, page, made[0].ring, made, tuple(steps))
 
     def _steps(
-        self, settings: Settings, traces: Sequence[Trace], store: str, staging: int, page: int
+        self, settings: Settings, traces: Sequence[Trace], store: str
     ) -> list[transfer.Step]:
-        stored = settings.stored
+        stored, staging, page = settings.stored, ring_of(settings), page_of(settings)
         weights, autocast = DTYPES[settings.dtype]
         flops = self.machine.flops(autocast or weights)
         groups = []
         for found in traces:
             moved = sum(stream.nbytes(found.numel) for stream in stored)
-            weights_bytes = sum(dtype.itemsize * count for dtype, count in found.numel_by_dtype)
+            sizes = zip(found.counts, found.dtypes, strict=True)
+            weights_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
             groups.append(
                 transfer.Group(
-                    () if store == "device" else transfer.cut([found.numel], stored, page),
+                    () if store == "device" else transfer.cut(found.counts, stored, page),
                     (2 * moved if staging > 0 else 0) + 3 * weights_bytes,
                     1e3 * (found.forward_flops + found.backward_flops) / flops,
                 )
@@ -273,6 +297,23 @@ class Forecaster:
         slots = transfer.slots_of(groups, staging)
         order = make_order(settings.order, len(groups), seed=0)
         return transfer.through_a_ring(groups, link, slots, order=order, all_first=store == "disk")
+
+
+def _shape(settings: Settings) -> tuple[Any, ...]:
+    """What a trace depends on."""
+    work = settings.workload
+    names = ("batch", "seq", "dtype", "autocast", "attention", "grad_checkpointing")
+    return *(getattr(work, name) for name in names), work.layers_per_group
+
+
+def _top(found: Trace) -> int:
+    """Bytes at the step's peak, without the optimizer's."""
+    return max(found.peak.total, found.end.total)
+
+
+def store_or_ram(settings: Settings) -> str:
+    """Where state rests, host memory until that is decided."""
+    return "ram" if settings.store == "auto" else settings.store
 
 
 def ring_of(settings: Settings) -> int:

@@ -180,14 +180,14 @@ def _address(properties: Any) -> str:
     return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
-def read_link(pci: str, folder: Path = SYS) -> Link | None:
+def read_link(pci: str, folder: Path | None = None) -> Link | None:
     """The link of a PCI device as the kernel tells; None where it does not.
 
     Args:
         pci: 0000:65:00.0, in either case.
-        folder: Of devices.
+        folder: Of devices; None: SYS.
     """
-    device = folder / pci.lower()
+    device = (folder or SYS) / pci.lower()
     now, best = _speed(device, "current"), _speed(device, "max")
     if not pci or now is None or best is None or now[1] < 1:  # no lanes: not connected
         return None

@@ -107,9 +107,11 @@ def measure(
         want("bus", bus_key(card), BusRates, size, moves, lambda s, a: rates.bus_rates(gpu, s, a))
     if todo:
         with progress("measuring memory, disk and link", total, in_bytes=True) as bar:
-            for work in todo:
-                work(bar.advance)
-        _write(entries, notes)
+            try:
+                for work in todo:
+                    work(bar.advance)
+            finally:  # what was measured before a failure is kept
+                _write(entries, notes)
     for note in notes:
         log.info("probe: %s", note)
     return Probe(**found, notes=tuple(notes))

@@ -90,42 +90,37 @@ def recommend(forecaster: Forecaster, asked: Settings, store: str) -> Recommenda
             return _nothing(forecaster, asked)
         why.append(f"no batch of {asked.seq} tokens fits; one sequence of {length} does")
         settings, batch = asked.but(seq=length), 1
-    settings = settings.but(batch=batch)
-    why.append(f"the next larger batch ({batch + 1} x {settings.seq}) does not fit")
-    settings = _more_layers(forecaster, settings, why)
-    return _with_ring(forecaster, settings, why)
+    why.append(f"{batch + 1} x {settings.seq} tokens would not fit")
+    found = _more_layers(forecaster, settings, batch, why)
+    if found is None:
+        found = settings.but(batch=batch)
+        # Groups that need most may be others than with the batch that was asked for.
+        while forecaster.peak(found) > forecaster.machine.limit_bytes and found.batch > 1:
+            found = found.but(batch=found.batch - 1)
+    return _with_ring(forecaster, found, why)
 
 
 def largest_batch(forecaster: Forecaster, settings: Settings, most: int = MOST_BATCH) -> int:
-    """The largest batch that fits with the small ring; 0 if none does."""
-    asked = settings.batch
+    """The largest batch that fits with the ring that is asked for; 0 if none does."""
     return largest(
-        lambda n: forecaster.peak(settings.but(batch=n)),
+        lambda n: forecaster.quick_peak(settings.but(batch=n), settings),
         forecaster.machine.limit_bytes,
         most=most,
-        known={asked: forecaster.peak(settings)},
-        fixed=_fixed(forecaster, settings),
+        known={settings.batch: forecaster.peak(settings)},
+        fixed=forecaster.fixed(settings),
     )
 
 
 def longest(forecaster: Forecaster, settings: Settings, most: int, unit: int = SEQ_UNIT) -> int:
     """The longest sequence, a multiple of `unit`, of which one fits; 0 if none does."""
-    one = settings.but(batch=1)
-
-    def peak(n: int) -> int:
-        return forecaster.peak(one.but(seq=n * unit))
-
-    start = max(min(settings.seq, most) // unit, 1)
-    fixed = _fixed(forecaster, one.but(seq=start * unit))
-    limit = forecaster.machine.limit_bytes
-    known = {start: peak(start)}
-    return unit * largest(peak, limit, most=most // unit, known=known, fixed=fixed)
-
-
-def _fixed(forecaster: Forecaster, settings: Settings) -> int:
-    """Bytes that do not grow with the batch."""
-    made = forecaster.forecast(settings, settings.store if settings.store != "auto" else "ram")
-    return max(found.weights + found.gradients + found.ring for found in made.footprints)
+    start = settings.but(batch=1, seq=max(min(settings.seq, most) // unit, 1) * unit)
+    return unit * largest(
+        lambda n: forecaster.quick_peak(start.but(seq=n * unit), start),
+        forecaster.machine.limit_bytes,
+        most=most // unit,
+        known={start.seq // unit: forecaster.peak(start)},
+        fixed=forecaster.fixed(start),
+    )
 
 
 def _ways(asked: Settings) -> Iterator[tuple[Settings, str]]:
@@ -142,33 +137,39 @@ def _ways(asked: Settings) -> Iterator[tuple[Settings, str]]:
             yield half.but(grad_checkpointing=True), f"{halved}; {saved}"
 
 
-def _more_layers(forecaster: Forecaster, settings: Settings, why: list[str]) -> Settings:
-    """As many layers a group, in powers of two, as fit beside the batch."""
-    m = settings.layers_per_group
+def _more_layers(
+    forecaster: Forecaster, traced: Settings, batch: int, why: list[str]
+) -> Settings | None:
+    """As many layers a group, in powers of two, as fit beside the batch; None: no more than there.
+
+    Args:
+        forecaster: For which machine.
+        traced: Settings with another batch, or this one.
+        batch: What is to fit.
+        why: Gains a reason.
+    """
+    m, limit = traced.layers_per_group, forecaster.machine.limit_bytes
     if not isinstance(m, int):
-        return settings
-    limit = forecaster.machine.limit_bytes
-    groups = forecaster.forecast(settings, settings.store).footprints
-    sizes = [group.gradients or 0 for group in groups]
-    peak = forecaster.peak(settings)
+        return None
+    sizes = [group.gradients for group in forecaster.forecast(traced, traced.store).footprints]
+    peak = forecaster.quick_peak(traced.but(batch=batch), traced)
     factor = 1
-    while 2 * factor <= len(groups):
-        wider = 2 * factor
-        sums = [sum(sizes[i : i + wider]) for i in range(0, len(sizes), wider)]
+    while 2 * factor < len(sizes):
+        sums = [sum(sizes[i : i + 2 * factor]) for i in range(0, len(sizes), 2 * factor)]
         if peak + max(sums) - max(sizes) > limit:
             break
-        factor = wider
+        factor *= 2
     # Gradients are not all that grows: layers that are trained keep their inputs, too.
     while factor > 1:
-        wider_groups = settings.but(layers_per_group=factor * m)
-        if forecaster.peak(wider_groups) <= limit:
+        wider = traced.but(batch=batch, layers_per_group=factor * m)
+        if forecaster.peak(wider) <= limit:
             why.append(
-                f"{factor * m} layers a group fit beside that batch: every weight is updated "
-                f"{factor} times as often"
+                f"groups of {factor * m} layers fit beside that batch: every weight is updated "
+                f"{factor} times as often as with {m}"
             )
-            return wider_groups
+            return wider
         factor //= 2
-    return settings
+    return None
 
 
 def _with_ring(forecaster: Forecaster, settings: Settings, why: list[str]) -> Recommendation:

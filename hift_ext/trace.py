@@ -110,7 +110,12 @@ class Trace:
         )
 
 
-def trace(workload: Workload, *, progress: Progress | None = None) -> list[Trace]:
+def trace(
+    workload: Workload,
+    *,
+    progress: Progress | None = None,
+    indices: Sequence[int] | None = None,
+) -> list[Trace]:
     """Executes one forward and backward per distinct position of the active group.
 
     Between two executed positions of a run of like groups the others follow, where two more in the
@@ -121,9 +126,10 @@ def trace(workload: Workload, *, progress: Progress | None = None) -> list[Trace
     Args:
         workload: What is run.
         progress: Told how far it is.
+        indices: Of the groups of interest; None for all.
 
     Returns:
-        One Trace a group, in forward order.
+        One Trace a group, in forward order, or in that of `indices`.
 
     Raises:
         ValueError: Nothing is trainable, `seq` is beyond the model's positions, or the model does
@@ -140,6 +146,8 @@ def trace(workload: Workload, *, progress: Progress | None = None) -> list[Trace
             groups=workload.groups,
         )
         runner = _Runner(workload, model, groups, trainable, progress)
+        if indices is not None:
+            return [runner.run(i) for i in indices]
         for first, last in _runs(groups):
             runner.fill(first, last)
         return [runner.done[i] for i in range(len(groups))]
