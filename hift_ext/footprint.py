@@ -10,10 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-from hift_ext.trace import Progress, Trace, Workload
+from hift_ext import precision
+from hift_ext.keeping import OPTIMIZERS, SMALL_RING, Keeping, ring_bytes, rule_of, state_bytes
+from hift_ext.ops import Stored
+from hift_ext.recorder import allocated
+from hift_ext.trace import Peak, Progress, Trace, Workload, trace, trace_full, trace_lora
 
-SMALL_RING = 256 << 20
-"""Bytes of the streaming ring that a plan assumes unless told otherwise."""
+__all__ = [
+    "OPTIMIZERS",
+    "SMALL_RING",
+    "Footprints",
+    "GroupFootprint",
+    "Keeping",
+    "badam",
+    "footprints",
+    "hift_only",
+    "ring_bytes",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -52,9 +66,11 @@ class Footprints:
 
     Attributes:
         groups: HiFT, one a group, in forward order.
-        full_fine_tuning: All gradients and all state in compute memory.
-        badam: One block's master, gradient and state in float32 in compute memory.
-        lora: Rank 16 on the blocks' linear layers, AdamW.
+        full_fine_tuning: All gradients, and all state kept as HiFT's, in compute memory; torch's
+            fused update, which needs no buffers.
+        badam: One group's state in float32 in compute memory, and of 16-bit weights a master and,
+            in the step, the gradient in float32 too.
+        lora: Float32 adapters of rank 16 on the blocks' linear layers, the rule's state in float32.
         traces: What `groups` were made from.
     """
 
@@ -64,18 +80,38 @@ class Footprints:
     lora: GroupFootprint
     traces: tuple[Trace, ...]
 
+    @property
+    def peak(self) -> GroupFootprint:
+        """The group whose step needs most: HiFT's peak."""
+        return max(self.groups, key=lambda group: group.peak_bytes)
 
-def state_bytes(
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    optimizer: str = "adamw",
-    master: str | None = "auto",
-    state_dtype: torch.dtype | str = torch.float32,
-    rounding: str = "nearest",
-) -> int:
-    """Bytes of a group's state and master at rest: what crosses the bus each way in its step."""
-    raise NotImplementedError
+
+def _resident(traced: Trace, stored: Sequence[Stored]) -> int:
+    """Bytes of streams that are tensors of their own in compute memory."""
+    return sum(allocated(s.nbytes(count)) for s in stored for count in traced.counts)
+
+
+def _footprint(traced: Trace, held: int, step: int = 0, name: str = "") -> GroupFootprint:
+    """The peak of a step with `held` bytes there all the time, and `step` more in the update."""
+    at: dict[str, tuple[Peak, int]] = {
+        "forward": (traced.forward, held),
+        "backward": (traced.backward, held),
+        "step": (traced.end, held + step),
+    }
+    when = max(at, key=lambda key: at[key][0].total + at[key][1])
+    peak, ring = at[when]
+    return GroupFootprint(
+        name=name or traced.name,
+        params=traced.params,
+        numel=traced.numel,
+        peak_bytes=peak.total + ring,
+        weights=peak.weights,
+        gradients=peak.gradients,
+        activations=peak.activations,
+        ring=ring,
+        other=peak.other,
+        when=when,
+    )
 
 
 def footprints(
@@ -104,8 +140,39 @@ def footprints(
         staging: Bytes of the ring; `"auto"` holds the largest group.
         page_bytes: As in `HiFTOptions`.
         progress: Told how far it is.
+
+    Raises:
+        ValueError: Something that is not offered, or does not fit the workload.
     """
-    raise NotImplementedError
+    keeping = Keeping(optimizer, master, state_dtype, rounding)
+    keeping.stored([workload.dtype])  # what cannot be kept is said before anything is traced
+
+    def part(begin: float, share: float) -> Progress | None:
+        return progress and (lambda text, done: progress(text, begin + share * done))
+
+    found = tuple(traces) if traces is not None else tuple(trace(workload, progress=part(0, 0.6)))
+    if progress is not None:
+        progress("tracing full fine-tuning", 0.6)
+    full = trace_full(workload)
+    if progress is not None:
+        progress("tracing LoRA", 0.75)
+    lora = trace_lora(workload)
+    return Footprints(
+        groups=hift_only(
+            found,
+            optimizer=optimizer,
+            master=master,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            store=store,
+            staging=staging,
+            page_bytes=page_bytes,
+        ),
+        full_fine_tuning=_footprint(full, _resident(full, keeping.stored(full.dtypes))),
+        badam=badam(found, optimizer),
+        lora=_footprint(lora, _resident(lora, Keeping(optimizer).stored(lora.dtypes))),
+        traces=found,
+    )
 
 
 def hift_only(
@@ -120,4 +187,28 @@ def hift_only(
     page_bytes: int | str = "auto",
 ) -> tuple[GroupFootprint, ...]:
     """The groups of `footprints` alone: nothing is executed."""
-    raise NotImplementedError
+    keeping = Keeping(optimizer, master, state_dtype, rounding)
+    stored = keeping.stored([dtype for traced in traces for dtype in traced.dtypes])
+    if store == "device":
+        held = sum(_resident(traced, stored) for traced in traces)
+    elif store.startswith("disk") and staging == 0 and stored:
+        raise ValueError("staging=0 has a GPU update pages in host memory: it needs store='ram'")
+    else:
+        counts = [traced.counts for traced in traces]
+        held = allocated(ring_bytes(counts, stored, staging=staging, page_bytes=page_bytes))
+    return tuple(_footprint(traced, held) for traced in traces)
+
+
+def badam(traces: Sequence[Trace], optimizer: str = "adamw") -> GroupFootprint:
+    """BAdam (arXiv 2404.02827) on the same groups, the one that needs most."""
+    _, streams = rule_of(optimizer)
+    state = precision.PLAIN.stored(streams)
+    whole = [Stored("float32", torch.float32)]
+    made = []
+    for traced in traces:
+        narrow = [c for c, d in zip(traced.counts, traced.dtypes, strict=True) if d.itemsize < 4]
+        extra = sum(allocated(whole[0].nbytes(count)) for count in narrow)
+        made.append(
+            _footprint(traced, _resident(traced, state) + extra, extra, f"BAdam, {traced.name}")
+        )
+    return max(made, key=lambda footprint: footprint.peak_bytes)

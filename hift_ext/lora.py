@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from hift_ext.tree import Node, build_tree
 
 
 class _Adapted(nn.Module):
-    """A linear layer with a float32 adapter beside it, its types as in peft."""
+    """A linear layer with a float32 adapter beside it, which computes in the input's type."""
 
     def __init__(self, base: nn.Module, width: int, out: int, rank: int) -> None:
         super().__init__()
@@ -24,10 +25,9 @@ class _Adapted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., out) in the base layer's type."""
-        result: torch.Tensor = self.base(x)
-        kind = result.dtype
-        result = result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0
-        return result.to(kind)
+        low = F.linear(x, self.down.weight.to(x.dtype))
+        result: torch.Tensor = self.base(x) + 2.0 * F.linear(low, self.up.weight.to(low.dtype))
+        return result
 
 
 def _trunks(node: Node) -> list[str]:
@@ -38,7 +38,7 @@ def _trunks(node: Node) -> list[str]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer; GPT-2's is a class of its own, with (in, out) weights."""
+    """(inputs, outputs) of a linear layer; GPT-2's is a class of its own: weights (in, out)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -68,7 +68,7 @@ def adapt(model: nn.Module, rank: int) -> list[nn.Parameter]:
         adapted = _Adapted(module, *shape, rank)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, adapted)
-        made += [adapted.down.weight, adapted.up.weight]
+        made += [*adapted.down.parameters(), *adapted.up.parameters()]
     if not made:
         raise ValueError("the model has no blocks with linear layers to put adapters beside")
     return made

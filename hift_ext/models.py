@@ -90,7 +90,8 @@ def config_of(model: ModelSource) -> Any:
     if isinstance(model, Mapping):
         return _config(dict(model), "the mapping")
     if hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        if not model.architectures:
+        classes: Any = getattr(model, "architectures", None)
+        if not classes:
             raise ValueError(
                 f"{type(model).__name__} does not say which model: set its `architectures`, as in "
                 "['LlamaForCausalLM']"

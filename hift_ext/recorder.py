@@ -22,6 +22,7 @@ _FOREVER = 2**62
 _aten = torch.ops.aten
 _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_ADD_IN_PLACE = _aten.add_.Tensor
 _DEVICE = torch.ops.prim.device.default
 _ADD = _aten.add.Tensor
 
@@ -103,12 +104,14 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs one operation and looks at what it made."""
-        if func is _DEVICE:
-            return func(*args)
+        if func is _DEVICE:  # no operation, and asked for at every one
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         self.now += 1
         # Backward runs without gradient mode; a checkpoint's second forward runs with it.
         self._forward = torch.is_grad_enabled()
         kwargs = kwargs or {}
+        if func is _ADD_IN_PLACE and not self._forward:
+            self._note_gradient(args[1])
         out = _run(func, args, kwargs)
         self._count(func, args, kwargs, out)
         for tensor in tree_leaves(out):
@@ -126,6 +129,18 @@ class Recorder(TorchDispatchMode):
         at = self._living[old.untyped_storage()._cdata][0]
         if self._made[at].size == self._made[index].size:
             self._made[index].replaces = at
+
+    def _note_gradient(self, new: Any) -> None:
+        """Notes a gradient that is added to one from before."""
+        node = torch._C._current_autograd_node()
+        if node is not None and "AccumulateGrad" in node.name():
+            self.mark([new], GRADIENTS)
+
+    @property
+    def first_gradient(self) -> int:
+        """The operation that made the first gradient; `now` where there was none."""
+        born = [made.born for made in self._made if made.kind == GRADIENTS]
+        return min((b for b in born if b > self.boundary), default=self.now)
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         if func is _FLASH or func is _FLASH_BACKWARD:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +63,8 @@ class Trace:
         dtypes: Type of each.
         start: Live when the step begins.
         forward: Live at the peak inside forward, the loss included.
-        backward: Live at the peak inside backward.
+        above: Live at the peak inside backward, before the group's first gradient is made.
+        own: Live at the peak inside backward from then on.
         end: Live when backward is over, at `optimizer.step()`: weights, gradients, inputs, loss.
         forward_flops: Floating-point operations of forward (matrix products and attention, whose
             causal half is counted as a whole, as torch's FlopCounterMode does).
@@ -80,11 +80,17 @@ class Trace:
     dtypes: tuple[torch.dtype, ...]
     start: Peak
     forward: Peak
-    backward: Peak
+    above: Peak
+    own: Peak
     end: Peak
     forward_flops: int
     backward_flops: int
     executed: bool = True
+
+    @property
+    def backward(self) -> Peak:
+        """Live at the peak inside backward."""
+        return max(self.above, self.own, key=lambda peak: peak.total)
 
     @property
     def peak(self) -> Peak:
@@ -94,18 +100,22 @@ class Trace:
     @property
     def numbers(self) -> tuple[int, ...]:
         """All that is measured, in one row."""
-        peaks = (self.start, self.forward, self.backward, self.end)
+        peaks = (self.start, self.forward, self.above, self.own, self.end)
         flat = (value for peak in peaks for value in dataclasses.astuple(peak))
         return *flat, self.forward_flops, self.backward_flops
 
     def with_numbers(self, numbers: Sequence[int]) -> Trace:
         """The same group with other numbers, not executed."""
-        peaks = [Peak(*numbers[i : i + 4]) for i in (0, 4, 8, 12)]
+        start, forward, above, own, end = (Peak(*numbers[i : i + 4]) for i in range(0, 20, 4))
         return dataclasses.replace(
             self,
-            **dict(zip(("start", "forward", "backward", "end"), peaks, strict=True)),
-            forward_flops=numbers[16],
-            backward_flops=numbers[17],
+            start=start,
+            forward=forward,
+            above=above,
+            own=own,
+            end=end,
+            forward_flops=numbers[20],
+            backward_flops=numbers[21],
             executed=False,
         )
 
@@ -271,10 +281,13 @@ def _execute(
     recorder.mark([p.grad for p in trained if p.grad is not None], GRADIENTS)
     live = recorder.live()
     totals = live.sum(axis=0)
-    cut = recorder.boundary + 1
+    cut, first = recorder.boundary + 1, recorder.first_gradient
 
-    def at(column: Any) -> Peak:
+    def at(column: int) -> Peak:
         return Peak(*(int(x) for x in live[:, column]))
+
+    def peak(begin: int, end: int) -> Peak:
+        return at(begin + int(totals[begin:end].argmax()))
 
     made = Trace(
         index=index,
@@ -284,8 +297,9 @@ def _execute(
         counts=tuple(p.numel() for p in trained),
         dtypes=tuple(p.dtype for p in trained),
         start=at(0),
-        forward=at(totals[:cut].argmax()),
-        backward=at(cut + totals[cut:].argmax()),
+        forward=peak(0, cut),
+        above=peak(cut, max(first, cut + 1)),
+        own=peak(first, recorder.now + 1),
         end=at(-1),
         forward_flops=forward_flops,
         backward_flops=recorder.flops - forward_flops,

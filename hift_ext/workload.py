@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,7 +76,9 @@ def make_model(workload: Workload, device: str | torch.device = "cpu") -> nn.Mod
                 f"{type(model).__name__} has no gradient_checkpointing_enable(): checkpoint inside "
                 "the module, and leave grad_checkpointing off"
             )
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():  # version 5 renames it; 4.45 knows only this name
+            warnings.simplefilter("ignore", FutureWarning)
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Else every backward goes down to the embeddings, whichever group is active.
         disable: Any = getattr(model, "disable_input_require_grads", None)
         if disable is not None and hasattr(model, "_require_grads_hook"):
@@ -111,7 +114,7 @@ def make_inputs(
             f"{type(model).__name__} does not take input_ids and labels: pass inputs=, a function "
             "of batch and seq that makes its keyword arguments"
         )
-    long = {"dtype": torch.long, "device": device}
+    long: Any = {"dtype": torch.long, "device": device}
     ids = torch.zeros(batch, seq, **long)
     name = type(model).__name__
     whole = name.endswith(("SequenceClassification", "MultipleChoice", "NextSentencePrediction"))
