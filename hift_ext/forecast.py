@@ -6,25 +6,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from hift_ext import ops, precision, transfer
-from hift_ext.adagrad import Adagrad
-from hift_ext.adamw import Adam, AdamW
-from hift_ext.footprint import SMALL_RING, GroupFootprint, hift_only
+from hift_ext import ops, transfer
+from hift_ext.footprint import GroupFootprint, hift_only
+from hift_ext.keeping import OPTIMIZERS, SMALL_RING, Keeping
 from hift_ext.machine import GPUS, Machine
 from hift_ext.models import ModelSource
 from hift_ext.ops import Stored
 from hift_ext.options import STORES
-from hift_ext.precision import Precision
-from hift_ext.schedule import make_order
-from hift_ext.sgd import SGD
+from hift_ext.schedule import ORDERS, make_order
 from hift_ext.trace import Progress, Trace, Workload, trace
 
 DTYPES: Mapping[str, tuple[torch.dtype, torch.dtype | None]] = MappingProxyType(
@@ -42,17 +38,6 @@ STATE_DTYPES: Mapping[str, torch.dtype | str] = MappingProxyType(
 )
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-_RULES: Mapping[str, Callable[[list[nn.Parameter]], Any]] = MappingProxyType(
-    {
-        "adamw": lambda p: AdamW(p, layers_per_group="all"),
-        "adam": lambda p: Adam(p, layers_per_group="all"),
-        "adagrad": lambda p: Adagrad(p, layers_per_group="all"),
-        "sgdm": lambda p: SGD(p, momentum=0.9, layers_per_group="all"),
-        "sgd": lambda p: SGD(p, layers_per_group="all"),
-    }
-)
-OPTIMIZERS = tuple(_RULES)
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ class Settings:
             ("dtype", DTYPES),
             ("optimizer", OPTIMIZERS),
             ("state_dtype", STATE_DTYPES),
-            ("order", ("bottom2up", "top2down", "random")),
+            ("order", ORDERS),
             ("attention", ("sdpa", "eager")),
             ("store", STORES),
         ):
@@ -133,28 +118,13 @@ class Settings:
         )
 
     @property
-    def precision(self) -> Precision:
-        """How weights and state are kept.
+    def stored(self) -> list[Stored]:
+        """The streams of a page.
 
         Raises:
-            ValueError: They cannot be kept so.
+            ValueError: Weights or state cannot be kept so.
         """
-        options = {
-            "master": self.master,
-            "rounding": "nearest",
-            "state_dtype": STATE_DTYPES[self.state_dtype],
-        }
-        kept = precision.chosen(options, {DTYPES[self.dtype][0]})
-        rule = _RULES[self.optimizer]([nn.Parameter(torch.zeros(1, device="cpu"))])
-        (group,) = rule.param_groups
-        precision.check_rule(kept, rule.rule(group), rule.streams(group))
-        return kept
-
-    @property
-    def stored(self) -> list[Stored]:
-        """The streams of a page."""
-        rule = _RULES[self.optimizer]([nn.Parameter(torch.zeros(1, device="cpu"))])
-        return self.precision.stored(rule.streams(rule.param_groups[0]))
+        return Keeping(**self.options).stored([DTYPES[self.dtype][0]])
 
     @property
     def options(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from hift_ext import plan, plan_report
-from hift_ext.forecast import DTYPES, OPTIMIZERS, STATE_DTYPES, Settings
+from hift_ext.forecast import DTYPES, STATE_DTYPES, Settings
+from hift_ext.keeping import OPTIMIZERS
 from hift_ext.machine import GPUS
 from hift_ext.models import PRESETS
 from hift_ext.options import STORES
