@@ -209,13 +209,14 @@ class Forecaster:
         # With more tokens it is where most is kept, with fewer where the gradients are largest.
         heavy = {max(range(len(before)), key=lambda i: _top(before[i]))}
         heavy.add(max(range(len(before)), key=lambda i: before[i].numel))
+        tops = []
         for index in sorted(heavy):
-            key = (*_shape(settings), index)
+            key = (_shape(settings), index)
             if key not in self._heaviest:
                 (found,) = trace(settings.workload, progress=self._progress, indices=[index])
                 self._heaviest[key] = _top(found)
-        held = self._made(like, before, store_or_ram(like))[0].ring
-        return max(self._heaviest[(*_shape(settings), index)] for index in heavy) + held
+            tops.append(self._heaviest[key])
+        return max(tops) + self._made(like, before, store_or_ram(like))[0].ring
 
     def fixed(self, settings: Settings) -> int:
         """Bytes that do not grow with the batch, of settings whose groups are traced."""
@@ -273,7 +274,7 @@ def _shape(settings: Settings) -> tuple[Any, ...]:
     """What a trace depends on."""
     work = settings.workload
     names = ("batch", "seq", "dtype", "autocast", "attention", "grad_checkpointing")
-    return *(getattr(work, name) for name in names), work.layers_per_group
+    return (*(getattr(work, name) for name in names), work.layers_per_group)
 
 
 def _top(found: Trace) -> int:

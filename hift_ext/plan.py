@@ -15,33 +15,11 @@ from hift_ext.forecast import Forecast, Forecaster, Settings
 from hift_ext.machine import Machine, machine
 from hift_ext.models import ModelSource
 from hift_ext.recommend import Recommendation, recommend
+from hift_ext.rings import Ring, rings
 from hift_ext.trace import Progress
 
 _HEADER = 4096  # of a page file
 _CATEGORIES = ("weights", "gradients", "activations", "ring", "other")
-
-
-@dataclass(frozen=True)
-class Ring:
-    """A ring to choose: what it costs and what it gains.
-
-    Attributes:
-        staging: Bytes, as the optimizer's argument; 0: pages are updated in host memory.
-        ring_bytes: As it is made.
-        peak_bytes: Of the step that needs most.
-        exposed_ms: What the average step waits for pages.
-        hidden_ms: Transfer that the average step does not notice.
-        step_ms: The average step.
-        fits: Whether the peak does.
-    """
-
-    staging: int
-    ring_bytes: int
-    peak_bytes: int
-    exposed_ms: float
-    hidden_ms: float
-    step_ms: float
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -133,7 +111,7 @@ class Plan:
                 "source": profile.source,
             },
             "groups": [
-                {**_footprint(group), "name": group.name, "when": group.when, **_step(step)}
+                {"name": group.name, **_footprint(group), "when": group.when, **_step(step)}
                 for group, step in zip(self.forecast.footprints, steps, strict=True)
             ],
             "full_fine_tuning": _footprint(self.methods.full_fine_tuning),
@@ -156,7 +134,7 @@ class Plan:
             "disk_bytes_written_per_1000_steps": (
                 round(1000 * mean("bytes_out")) if self.forecast.store == "disk" else 0
             ),
-            "rings": [vars(ring).copy() for ring in self.rings],
+            "rings": [ring.as_dict() for ring in self.rings],
             "recommended": self.recommended.as_dict(),
             "assumptions": list(self.assumptions),
         }
@@ -231,7 +209,7 @@ def make_plan(model: ModelSource, *, progress: Progress | None = None, **setting
         host,
         pinned,
         disk,
-        tuple(_rings(forecaster, asked, store)),
+        tuple(rings(forecaster, asked, store)),
         recommend(forecaster, asked, store),
         tuple(_misfits(forecast, there, host)),
     )
@@ -269,34 +247,6 @@ def _misfits(forecast: Forecast, there: Machine, host: int) -> list[str]:
             'store="disk"'
         )
     return found
-
-
-def _rings(forecaster: Forecaster, asked: Settings, store: str) -> list[Ring]:
-    """From none over the small one to one for the largest group."""
-    if store == "device":
-        return []
-    usual = forecaster.forecast(asked, store)
-    largest = max(step.bytes_out for step in usual.steps)
-    sizes = {usual.staging}
-    if store == "ram":
-        sizes.add(0)
-    whole = -(-largest // usual.page_bytes) * usual.page_bytes
-    sizes |= {size for size in (whole // 4, whole // 2, whole) if size > usual.staging}
-    rings = []
-    for size in sorted(sizes):
-        made = forecaster.forecast(asked.but(staging=size, page_bytes=usual.page_bytes), store)
-        rings.append(
-            Ring(
-                size,
-                made.ring_bytes,
-                made.peak_bytes,
-                made.mean("exposed_ms"),
-                made.mean("hidden_ms"),
-                made.mean("step_ms"),
-                made.peak_bytes <= forecaster.machine.limit_bytes,
-            )
-        )
-    return rings
 
 
 def _gib(size: int) -> str:

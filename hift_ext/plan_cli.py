@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.measure:
         measured = measure.measure(made)
         result["measured"] = measured.as_dict()
-        measure.show(measured, console)
+        measure.show(made, measured, console)
     if arguments.plot is not None:
         plan_report.draw(made, arguments.plot)
         console.print(f"drawn: {arguments.plot}", markup=False, highlight=False)

@@ -9,11 +9,11 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from hift_ext.footprint import GroupFootprint
-from hift_ext.transfer import Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ _PARTS = {
     "other": "#b0b0b0",
 }
 _NAMES = {"ring": "ring or state"}
+_WIDTH = 22  # of a name, so that tables fit 80 columns
 _ENDS = 3  # groups shown at each end of a long list
 
 
@@ -57,19 +58,28 @@ def _model(plan: Plan) -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
-def gib(count: float) -> str:
-    """Bytes in GiB."""
-    return f"{count / 2**30:.2f}"
+def _unit(plan: Plan) -> tuple[int, str]:
+    """GiB for models of which a method needs one, else MiB."""
+    large = plan.methods.full_fine_tuning.peak_bytes >= 1 << 30
+    return (1 << 30, "GiB") if large else (1 << 20, "MiB")
 
 
-def _sizes(found: GroupFootprint) -> list[str]:
-    return [gib(found.peak_bytes), *(gib(getattr(found, part)) for part in _PARTS)]
+def _in(count: float, unit: int) -> str:
+    return f"{count / unit:.2f}"
 
 
-def _columns(table: Table, first: str) -> None:
-    table.add_column(first)
-    for name in ("peak", *(_NAMES.get(part, part) for part in _PARTS)):
-        table.add_column(name, justify="right")
+def _sizes(found: GroupFootprint, unit: int) -> list[str]:
+    return [_in(getattr(found, name), unit) for name in ("peak_bytes", *_PARTS)]
+
+
+def _columns(table: Table, first: str, ring: str) -> None:
+    table.add_column(first, no_wrap=True)
+    for name in ("peak", *_PARTS):
+        table.add_column(ring if name == "ring" else name, justify="right")
+
+
+def _made(title: str, *, header: bool = True) -> Table:
+    return Table(title=title, show_header=header, box=SIMPLE_HEAD, title_justify="left")
 
 
 def _worst(plan: Plan) -> GroupFootprint:
@@ -77,55 +87,52 @@ def _worst(plan: Plan) -> GroupFootprint:
 
 
 def _methods(plan: Plan) -> Table:
-    table = Table(title="Peak memory by method, GiB")
-    _columns(table, "method")
+    unit, name = _unit(plan)
+    table = _made(f"Peak memory by method, {name}")
+    _columns(table, "method", "state")
     table.add_column("of full", justify="right")
-    table.add_column("fits")
     full = plan.methods.full_fine_tuning
-    worst = _worst(plan)
     for name, found in (
-        (f"HiFT, with {worst.name} active", worst),
-        ("full fine-tuning", full),
+        ("HiFT", _worst(plan)),
+        ("full", full),
         ("BAdam", plan.methods.badam),
-        ("LoRA, rank 16", plan.methods.lora),
+        ("LoRA", plan.methods.lora),
     ):
-        fits = "yes" if found.peak_bytes <= plan.machine.limit_bytes else "no"
-        share = f"{100 * found.peak_bytes / full.peak_bytes:.0f} %"
-        table.add_row(name, *_sizes(found), share, fits)
+        table.add_row(
+            name, *_sizes(found, unit), f"{100 * found.peak_bytes / full.peak_bytes:.0f} %"
+        )
     return table
 
 
 def _groups(plan: Plan) -> Table:
-    table = Table(title="HiFT's steps: GiB at the peak, ms")
-    _columns(table, "group")
-    for name in ("when", "compute", "transfer", "hidden", "waits"):
-        table.add_column(name, justify="right" if name != "when" else "left")
-    rows = list(zip(plan.forecast.footprints, plan.forecast.steps, strict=True))
-    cut = len(rows) > 2 * _ENDS + 3
-    for number, (found, step) in enumerate(rows):
-        if cut and _ENDS <= number < len(rows) - _ENDS:
+    unit, name = _unit(plan)
+    table = _made(f"HiFT's peaks by active group, {name}")
+    _columns(table, "group", "ring")
+    found = list(plan.forecast.footprints)
+    names = _short([group.name for group in found])
+    cut = len(found) > 2 * _ENDS + 3
+    for number, group in enumerate(found):
+        if cut and _ENDS <= number < len(found) - _ENDS:
             if number == _ENDS:
-                table.add_row(f"... {len(rows) - 2 * _ENDS} more, each between its neighbours")
+                between = [g.peak_bytes for g in found[_ENDS:-_ENDS]]
+                table.add_row(f"... {len(between)} more, from", _in(min(between), unit))
+                table.add_row("    to", _in(max(between), unit))
             continue
-        table.add_row(found.name, *_sizes(found), found.when, *_times(step))
+        table.add_row(names[number], *_sizes(group, unit))
     return table
 
 
-def _times(step: Step) -> list[str]:
-    times = (step.compute_ms, step.transfer_ms, step.hidden_ms, step.exposed_ms)
-    return [f"{time:.1f}" for time in times]
-
-
 def _rings(plan: Plan) -> Table:
-    table = Table(title="Rings: what they cost and gain; ms are the average step's")
-    for name in ("staging", "ring, MiB", "peak, GiB", "waits", "hidden", "step", "fits"):
+    unit, unit_name = _unit(plan)
+    table = _made("Rings: what they cost and gain; ms are the average step's")
+    for name in ("staging", "MiB", f"peak, {unit_name}", "waits", "hidden", "step", "fits"):
         table.add_column(name, justify="right" if name != "fits" else "left")
     for ring in plan.rings:
-        here = " (this plan)" if ring.staging == plan.forecast.staging else ""
+        here = "this plan's " if ring.staging == plan.forecast.staging else ""
         table.add_row(
-            f"{ring.staging}{here}",
+            f"{here}{ring.staging}",
             f"{ring.ring_bytes / 2**20:.0f}",
-            gib(ring.peak_bytes),
+            _in(ring.peak_bytes, unit),
             f"{ring.exposed_ms:.1f}",
             f"{ring.hidden_ms:.1f}",
             f"{ring.step_ms:.1f}",
@@ -136,23 +143,25 @@ def _rings(plan: Plan) -> Table:
 
 def _rest(plan: Plan) -> Table:
     forecast, values = plan.forecast, plan.as_dict()
+    unit, name = _unit(plan)
     step = forecast.mean("step_ms")
-    table = Table(show_header=False, title="An average step")
+    table = _made("An average step", header=False)
     table.add_row(
         "over the bus",
-        f"{values['mean_bus_bytes_per_step'] / 1e9:.2f} GB in and out; in the largest step "
-        f"{plan.bus_bytes_per_step / 1e9:.2f} GB",
+        f"{_in(values['mean_bus_bytes_per_step'], unit)} {name} in and out; in the largest step "
+        f"{_in(plan.bus_bytes_per_step, unit)} {name}",
     )
     table.add_row(
         "transfer",
-        f"{values['transfer_ms']:.0f} ms, of which {values['hidden_ms']:.0f} ms hide behind "
-        f"{values['compute_ms']:.0f} ms of forward and backward",
+        f"{values['transfer_ms']:.1f} ms, of which {values['hidden_ms']:.1f} ms hide behind "
+        f"{values['compute_ms']:.1f} ms of forward and backward",
     )
-    table.add_row("step", f"{step:.0f} ms, {values['update_ms']:.1f} ms of it the update")
+    table.add_row("step", f"{step:.1f} ms, {values['update_ms']:.1f} ms of it the update")
     rests = {"ram": "host memory", "disk": "a file", "device": "memory of the card"}
     table.add_row("state rests in", rests[forecast.store])
     table.add_row(
-        "host memory", f"{gib(plan.host_bytes)} GiB, {gib(plan.pinned_bytes)} GiB of it locked"
+        "host memory",
+        f"{_in(plan.host_bytes, unit)} {name}, {_in(plan.pinned_bytes, unit)} {name} of it locked",
     )
     if plan.disk_bytes:
         written = values["disk_bytes_written_per_1000_steps"]
@@ -165,11 +174,14 @@ def _rest(plan: Plan) -> Table:
 
 def _recommended(plan: Plan) -> Table:
     found = plan.recommended
-    table = Table(show_header=False, title="Recommended")
+    table = _made("Recommended", header=False)
     if found.batch:
         checkpointing = ", gradient checkpointing" if found.grad_checkpointing else ""
         table.add_row("batch", f"{found.batch} x {found.seq} tokens, {found.dtype}{checkpointing}")
-        table.add_row("peak", f"{gib(found.peak_bytes)} of {gib(plan.machine.limit_bytes)} GiB")
+        table.add_row(
+            "peak",
+            f"{_in(found.peak_bytes, 1 << 30)} of {_in(plan.machine.limit_bytes, 1 << 30)} GiB",
+        )
         table.add_row(
             "time",
             f"{found.step_ms:.0f} ms a step, {found.exposed_ms:.1f} ms of it waiting; "
@@ -203,6 +215,7 @@ def draw(plan: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
+    unit, unit_name = _unit(plan)
     left, right = figure.subplots(1, 2, width_ratios=[1, 2.2])
     worst = _worst(plan)
     methods = {
@@ -211,31 +224,39 @@ def draw(plan: Plan, path: Path) -> None:
         "BAdam": plan.methods.badam,
         "LoRA": plan.methods.lora,
     }
-    _stack(left, list(methods.values()))
+    _stack(left, list(methods.values()), unit)
     left.set_xticks(range(len(methods)), list(methods))
     left.set_title("by method")
-    left.set_ylabel("peak, GiB")
+    left.set_ylabel(f"peak, {unit_name}")
     groups = list(plan.forecast.footprints)
-    _stack(right, groups)
+    _stack(right, groups, unit)
     every = max(1, len(groups) // 12)
-    shown = list(range(0, len(groups), every))
-    right.set_xticks(shown, [_short(groups[i].name) for i in shown], rotation=45, ha="right")
+    last = len(groups) - 1
+    shown = [*range(0, last - every + 1, every), last]
+    names = _short([group.name for group in groups])
+    right.set_xticks(shown, [names[i] for i in shown], rotation=45, ha="right")
     right.set_title("HiFT, by active group")
-    limit = plan.machine.limit_bytes / 2**30
+    limit = plan.machine.limit_bytes / unit
     for axes in (left, right):
-        axes.axhline(limit, color="#222222", linestyle="--", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
-    right.set_ylim(top=1.15 * max(limit, worst.peak_bytes / 2**30))
-    right.annotate(
-        f"{plan.machine.profile.name}: {limit:.1f} GiB for tensors",
-        (len(groups) - 0.5, limit),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=9,
-    )
+    says = f"{plan.machine.profile.name}: {plan.machine.limit_bytes / 2**30:.1f} GiB for tensors"
+    top = max(plan.methods.full_fine_tuning.peak_bytes, plan.peak_bytes) / unit
+    if limit > 3 * top:  # far above: a line there would leave the bars no room
+        left.set_xlabel(says, fontsize=9)
+    else:
+        for axes in (left, right):
+            axes.axhline(limit, color="#222222", linestyle="--", linewidth=1)
+        right.set_ylim(top=1.15 * max(limit, plan.peak_bytes / unit))
+        right.annotate(
+            says,
+            (len(groups) - 0.5, limit),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     asked = plan.settings
@@ -246,14 +267,19 @@ def draw(plan: Plan, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _stack(axes: Axes, bars: list[GroupFootprint]) -> None:
+def _stack(axes: Axes, bars: list[GroupFootprint], unit: int) -> None:
     under = [0.0] * len(bars)
     for part, color in _PARTS.items():
-        heights = [getattr(bar, part) / 2**30 for bar in bars]
+        heights = [getattr(bar, part) / unit for bar in bars]
         axes.bar(range(len(bars)), heights, 0.8, under, color=color, label=_NAMES.get(part, part))
         under = [a + b for a, b in zip(under, heights, strict=True)]
 
 
-def _short(name: str) -> str:
-    """The end of a long name, which is what tells it from its neighbours."""
-    return name if len(name) <= 24 else "..." + name[-21:]
+def _short(names: list[str]) -> list[str]:
+    """Names without the words they all begin with, and of long ones the end."""
+    words = [name.split(".") for name in names]
+    same = 0
+    while len(names) > 1 and all(len(w) > same + 1 and w[same] == words[0][same] for w in words):
+        same += 1
+    shorter = [".".join(w[same:]) for w in words]
+    return [n if len(n) <= _WIDTH else "..." + n[3 - _WIDTH :] for n in shorter]

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hift_ext import choices, ops
+from hift_ext import choices
 from hift_ext.forecast import Forecaster, Settings
+from hift_ext.rings import best, rings
 from hift_ext.search import largest
 
 MOST_BATCH = 4096
@@ -90,7 +91,11 @@ def recommend(forecaster: Forecaster, asked: Settings, store: str) -> Recommenda
             return _nothing(forecaster, asked)
         why.append(f"no batch of {asked.seq} tokens fits; one sequence of {length} does")
         settings, batch = asked.but(seq=length), 1
-    why.append(f"{batch + 1} x {settings.seq} tokens would not fit")
+    why.append(
+        f"{batch + 1} x {settings.seq} tokens would not fit"
+        if batch < MOST_BATCH
+        else f"more than {MOST_BATCH} sequences were not looked for"
+    )
     found = _more_layers(forecaster, settings, batch, why)
     if found is None:
         found = settings.but(batch=batch)
@@ -140,7 +145,7 @@ def _ways(asked: Settings) -> Iterator[tuple[Settings, str]]:
 def _more_layers(
     forecaster: Forecaster, traced: Settings, batch: int, why: list[str]
 ) -> Settings | None:
-    """As many layers a group, in powers of two, as fit beside the batch; None: no more than there.
+    """As many layers a group, in powers of two, as fit with a ring for all of it; None: no more.
 
     Args:
         forecaster: For which machine.
@@ -151,12 +156,18 @@ def _more_layers(
     m, limit = traced.layers_per_group, forecaster.machine.limit_bytes
     if not isinstance(m, int):
         return None
-    sizes = [group.gradients for group in forecaster.forecast(traced, traced.store).footprints]
+    made = forecaster.forecast(traced, traced.store)
+    # What a group adds: its gradients, and a ring that still holds all of its state.
+    each = [
+        sum(c * d.itemsize for c, d in zip(found.counts, found.dtypes, strict=True))
+        + step.bytes_out * (traced.store != "device")
+        for found, step in zip(forecaster.traces(traced), made.steps, strict=True)
+    ]
     peak = forecaster.quick_peak(traced.but(batch=batch), traced)
     factor = 1
-    while 2 * factor < len(sizes):
-        sums = [sum(sizes[i : i + 2 * factor]) for i in range(0, len(sizes), 2 * factor)]
-        if peak + max(sums) - max(sizes) > limit:
+    while 2 * factor < len(each):
+        sums = [sum(each[i : i + 2 * factor]) for i in range(0, len(each), 2 * factor)]
+        if peak + max(sums) - min(made.ring_bytes, max(sums)) > limit:
             break
         factor *= 2
     # Gradients are not all that grows: layers that are trained keep their inputs, too.
@@ -164,8 +175,8 @@ def _more_layers(
         wider = traced.but(batch=batch, layers_per_group=factor * m)
         if forecaster.peak(wider) <= limit:
             why.append(
-                f"groups of {factor * m} layers fit beside that batch: every weight is updated "
-                f"{factor} times as often as with {m}"
+                f"groups of {factor * m} layers and a ring for them fit beside that batch: every "
+                f"weight is updated {factor} times as often as with {m}"
             )
             return wider
         factor //= 2
@@ -173,27 +184,29 @@ def _more_layers(
 
 
 def _with_ring(forecaster: Forecaster, settings: Settings, why: list[str]) -> Recommendation:
-    """Ring and page by the rules of choices.py, from what the peak leaves."""
+    """Page by the rules of choices.py, and the ring that the peak leaves room for."""
     small = forecaster.forecast(settings, settings.store)
     limit = forecaster.machine.limit_bytes
-    sizes = [step.bytes_out for step in small.steps]
     chosen = choices.choose(
-        sizes,
+        [step.bytes_out for step in small.steps],
         len(settings.stored),
         forecaster.machine.chosen(limit - small.peak_bytes + small.ring_bytes),
         store=settings.store,
-        staging=settings.staging,
+        staging=small.staging,
         page_bytes=settings.page_bytes,
     )
-    staging = chosen.staging
-    if staging == ops.WHOLE_GROUP:
-        staging = -(-max(sizes) // chosen.page_bytes) * chosen.page_bytes
-    final = settings.but(staging=staging, page_bytes=chosen.page_bytes)
+    paged = settings.but(page_bytes=chosen.page_bytes)
+    ring = None if settings.staging != "auto" else best(rings(forecaster, paged, settings.store))
+    final = paged.but(staging=settings.staging if ring is None else ring.staging)
     made = forecaster.forecast(final, settings.store)
-    if made.peak_bytes > limit:  # the rule leaves less room than the small ring takes
+    if made.peak_bytes > limit:  # larger pages need not fill a ring as well
         final, made = settings, small
-    elif chosen.why:
-        why.append(chosen.why)
+    if ring is not None:
+        why.append(
+            f"a ring of {made.ring_bytes / 2**20:.0f} MiB is the smallest of those that fit and "
+            f"hide about all they can: {made.mean('exposed_ms'):.1f} ms of "
+            f"{made.mean('step_ms'):.0f} are left to wait"
+        )
     step_ms = made.mean("step_ms")
     return Recommendation(
         final.batch,
