@@ -32,7 +32,7 @@ CONFIG = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 176,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
@@ -60,13 +60,23 @@ def small_card(size: int, **changes):
     return dataclasses.replace(usual, profile=profile, **changes)
 
 
+TRACES: tuple[dict, dict] = ({}, {})
+
+
+def looking(there) -> Forecaster:
+    """A forecaster that knows what others of this module have traced: one model, many cards."""
+    found = Forecaster(there)
+    found._whole, found._heaviest = TRACES
+    return found
+
+
 def test_the_contract_of_json(made) -> None:
     found = json.loads(json.dumps(made.as_dict(), allow_nan=False))
     assert found["fits"] is True
     assert found["misfits"] == []
     assert [group["name"] for group in found["groups"]] == [
         "model.embed_tokens",
-        *(f"model.layers.{i}" for i in range(3)),
+        *(f"model.layers.{i}" for i in range(2)),
         "model.norm + lm_head",
     ]
     for group in found["groups"]:
@@ -93,7 +103,7 @@ def test_the_ring_of_the_peak_is_the_ring_of_the_transfers(made) -> None:
     streams = made.settings.stored
     for staging, page in ((256 * MIB, 16 * MIB), (65536, 32768), (100_000, 10_000)):
         asked = made.settings.but(staging=staging, page_bytes=page)
-        forecaster = Forecaster(made.machine)
+        forecaster = looking(made.machine)
         groups = [
             transfer.Group(transfer.cut(found.counts, streams, page), 0, 0.0)
             for found in forecaster.traces(asked)
@@ -105,8 +115,8 @@ def test_the_ring_of_the_peak_is_the_ring_of_the_transfers(made) -> None:
 
 def test_computing_takes_the_counted_flops(made) -> None:
     tokens = 2 * 32
-    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 176) + 64 * 256
-    scores = 3 * 2 * 2 * 32 * tokens * 64
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 176) + 64 * 256
+    scores = 2 * 2 * 2 * 32 * tokens * 64
     rate = 38.7e12 * FLOPS_SHARE
     head = made.forecast.steps[-1]
     # Forward of all, and of backward the head's two products.
@@ -119,7 +129,7 @@ def test_computing_takes_the_counted_flops(made) -> None:
 def test_what_fits_is_what_trying_finds(folder) -> None:
     asked = Settings(folder, batch=2, seq=32, store="ram")
     for size in (6 * MIB, 9 * MIB):
-        forecaster = Forecaster(small_card(size))
+        forecaster = looking(small_card(size))
         found = largest_batch(forecaster, asked)
         limit = forecaster.machine.limit_bytes
         assert found >= 1
@@ -129,9 +139,9 @@ def test_what_fits_is_what_trying_finds(folder) -> None:
 
 def test_where_no_batch_fits_a_shorter_sequence_does(folder) -> None:
     asked = Settings(folder, batch=1, seq=128, grad_checkpointing=True, dtype="bfloat16")
-    at = Forecaster(machine("a6000"))
+    at = looking(machine("a6000"))
     size = (at.peak(asked.but(seq=64)) + at.peak(asked.but(seq=128))) // 2
-    forecaster = Forecaster(small_card(size))
+    forecaster = looking(small_card(size))
     length = longest(forecaster, asked, most=128)
     assert 64 <= length < 128
     assert forecaster.peak(asked.but(seq=length)) <= forecaster.machine.limit_bytes
@@ -142,7 +152,7 @@ def test_where_no_batch_fits_a_shorter_sequence_does(folder) -> None:
 
 
 def test_recommended_settings_come_to_what_they_say(folder) -> None:
-    forecaster = Forecaster(small_card(9 * MIB))
+    forecaster = looking(small_card(9 * MIB))
     found = recommend(forecaster, Settings(folder, batch=4, seq=32), "ram")
     again = Settings(
         folder,
@@ -155,7 +165,7 @@ def test_recommended_settings_come_to_what_they_say(folder) -> None:
         page_bytes=found.page_bytes,
         grad_checkpointing=found.grad_checkpointing,
     )
-    made = Forecaster(small_card(9 * MIB)).forecast(again, found.store)
+    made = looking(small_card(9 * MIB)).forecast(again, found.store)
     assert made.peak_bytes == found.peak_bytes <= forecaster.machine.limit_bytes
     assert made.mean("step_ms") == pytest.approx(found.step_ms)
     assert found.tokens_per_s == pytest.approx(1e3 * found.batch * found.seq / found.step_ms)
@@ -166,17 +176,17 @@ def test_recommended_settings_come_to_what_they_say(folder) -> None:
 
 def test_saves_memory_by_checkpoints_before_it_gives_up(folder) -> None:
     asked = Settings(folder, batch=1, seq=128, attention="eager")
-    at = Forecaster(machine("a6000"))
+    at = looking(machine("a6000"))
     plain, saved = at.peak(asked), at.peak(asked.but(grad_checkpointing=True))
     assert saved < plain
-    found = recommend(Forecaster(small_card((plain + saved) // 2)), asked, "ram")
+    found = recommend(looking(small_card((plain + saved) // 2)), asked, "ram")
     assert found.grad_checkpointing
     assert found.batch == 1
     assert "gradient checkpointing" in found.why[0]
 
 
 def test_where_the_weights_do_not_fit_nothing_does(folder) -> None:
-    found = recommend(Forecaster(small_card(MIB // 8)), Settings(folder, seq=32), "ram")
+    found = recommend(looking(small_card(MIB // 8)), Settings(folder, seq=32), "ram")
     assert found.batch == found.seq == 0
     assert "nothing fits: the weights alone take" in found.why[0]
 
@@ -193,10 +203,10 @@ def test_state_that_host_memory_cannot_hold_goes_to_disk(folder) -> None:
     assert any(f"disk: {DISK_GBPS[0]:.1f} GB/s" in line for line in found["assumptions"])
 
 
-def test_insisting_on_host_memory_that_is_not_there_does_not_fit(folder) -> None:
-    found = hift_ext.make_plan(folder, seq=32, store="ram", host_memory=MIB)
-    assert not found.fits
-    assert "state in host memory takes" in found.misfits[0]
+def test_insisting_on_host_memory_that_is_not_there_does_not_fit(made) -> None:
+    there = dataclasses.replace(made.machine, host_bytes=MIB)
+    (said,) = plan._misfits(made.forecast, there, made.host_bytes)
+    assert "state in host memory takes" in said
 
 
 def test_a_card_that_is_too_small_says_by_how_much(made) -> None:
@@ -206,19 +216,20 @@ def test_a_card_that_is_too_small_says_by_how_much(made) -> None:
     assert not dataclasses.replace(made, misfits=(said,)).fits
 
 
-def test_beside_the_parameters_nothing_travels(folder) -> None:
-    found = hift_ext.make_plan(folder, seq=32, store="device").as_dict()
-    assert found["bus_bytes_per_step"] == found["transfer_ms"] == found["host_bytes"] == 0
-    assert found["rings"] == []
-    usual = hift_ext.make_plan(folder, seq=32).as_dict()
-    more = found["peak_bytes"] - usual["peak_bytes"]
-    assert more == pytest.approx(8 * found["parameters"] - usual["ring_bytes"], rel=0.05)
+def test_beside_the_parameters_nothing_travels(made) -> None:
+    forecaster = looking(made.machine)
+    found = forecaster.forecast(made.settings, "device")
+    assert found.mean("bytes_out") == found.mean("transfer_ms") == 0
+    assert plan._resting(found) == (0, 0, 0)
+    assert rings(forecaster, made.settings, "device") == []
+    more = found.peak_bytes - made.peak_bytes
+    assert more == pytest.approx(8 * made.parameters - made.forecast.ring_bytes, rel=0.05)
 
 
 def test_a_larger_ring_costs_what_it_holds_and_gains_time(made) -> None:
     wide = dataclasses.replace(machine("a6000"), to_device=1e9, to_host=1e9)
     asked = Settings(made.settings.model, batch=2, seq=32, page_bytes=32768, staging=65536)
-    found = rings(Forecaster(wide), asked, "ram")
+    found = rings(looking(wide), asked, "ram")
     assert [ring.staging for ring in found] == sorted(ring.staging for ring in found)
     assert found[0].staging == found[0].ring_bytes == 0
     through = [ring for ring in found if ring.staging > 0]
@@ -274,7 +285,7 @@ def test_wrong_arguments_exit_with_2(arguments, words, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "llama9"], "'llama9' is neither a preset (llama2-7b"),
+        (["--model", "llama9"], "'llama9' is neither a preset (llama-7b"),
         (["--seq", "129"], "seq=129 is beyond the model's 128 positions"),
         (["--staging", "4KiB", "--page-bytes", "4KiB"], "does not hold two pages"),
         (["--plot", "plan.jpg"], "'plan.jpg' must end in .png"),
@@ -360,18 +371,17 @@ class HostMeter:
         self.settled += 1
 
 
-def test_measuring_trains_every_group_twice(folder) -> None:
+def test_measuring_trains_every_group_twice(made) -> None:
     """On the CPU: the loop is run, memory and times of a card are not."""
-    made = hift_ext.make_plan(folder, seq=16, store="ram", optimizer="sgdm")
     meter = HostMeter()
     found = measure.measure(made, torch.device("cpu"), meter)
     assert [group["name"] for group in found.groups] == [g.name for g in made.forecast.footprints]
     assert meter.resets == 2 * len(found.groups)
     assert meter.settled == 2 * meter.resets
     # Of the second pass.
-    assert [g["peak_bytes"] for g in found.groups] == [1006, 1007, 1008, 1009, 1010]
-    assert found.peak_bytes == 1010
-    assert found.as_dict()["step_ms"] == pytest.approx(found.step_ms) > 0
+    assert [g["peak_bytes"] for g in found.groups] == [1005, 1006, 1007, 1008]
+    assert found.peak_bytes == 1008
+    assert found.as_dict()["step_ms"] == found.step_ms > 0
 
 
 def test_a_cell_of_the_headline() -> None:
