@@ -16,7 +16,7 @@ from hift_ext.progress import progress
 from hift_ext.search import largest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "headline.md"
-LENGTHS = (512,)
+LENGTHS = (512, 1024, 2048)
 UNIT = 16
 POSITIONS = 4096
 
@@ -99,17 +99,18 @@ def page() -> str:
         "Written by `python benchmarks/headline.py`: forecasts by tracing, not yet measured on a "
         "card. AdamW, one layer a group, SDPA attention, a ring of at most 256 MiB, state and "
         "masters in host memory. `48 GB` and `24 GB` are what tensors can have of such a card, as "
-        "stated below; the next larger batch, or 16 tokens more, would not fit (`-`: the model has "
-        f"no more than {POSITIONS} positions). Whether masters are split or whole changes host "
+        "stated below; the next larger batch, or 16 tokens more, does not fit (`-`: not executed, since "
+        "what smaller ones take shows it, or it is beyond the model's "
+        f"{POSITIONS} positions). Whether masters are split or whole changes host "
         "memory, not the card's.",
         "",
         "| card | batch x length | peak, GiB | the next one's | the paper |",
         "|---|---|---|---|---|",
     ]
     notes: dict[str, None] = {}
-    with progress("looking for what fits", 2 * len(CARDS)) as bar:
+    with progress("looking for what fits", 8 * len(CARDS)) as bar:
         for card in CARDS:
-            for checkpointed in (False,):
+            for checkpointed in (False, True):
                 title = card.title + (", checkpointed" if checkpointed else "")
                 bar.say(title)
                 for cell in cells(card, checkpointed):
