@@ -99,8 +99,8 @@ def page() -> str:
         "Written by `python benchmarks/headline.py`: forecasts by tracing, not yet measured on a "
         "card. AdamW, one layer a group, SDPA attention, a ring of at most 256 MiB, state and "
         "masters in host memory. `48 GB` and `24 GB` are what tensors can have of such a card, as "
-        "stated below; the next larger batch, or 16 tokens more, does not fit (`-`: not executed, since "
-        "what smaller ones take shows it, or it is beyond the model's "
+        "stated below; the next larger batch, or 16 tokens more, does not fit (`-`: not executed, "
+        "since what smaller ones take shows it, or it is beyond the model's "
         f"{POSITIONS} positions). Whether masters are split or whole changes host "
         "memory, not the card's.",
         "",
