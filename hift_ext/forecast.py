@@ -213,7 +213,7 @@ class Forecaster:
         for index in sorted(heavy):
             key = (_shape(settings), index)
             if key not in self._heaviest:
-                (found,) = trace(settings.workload, progress=self._progress, indices=[index])
+                (found,) = trace(settings.workload, progress=self._progress, positions=[index])
                 self._heaviest[key] = _top(found)
             tops.append(self._heaviest[key])
         return max(tops) + self._made(like, before, store_or_ram(like))[0].ring

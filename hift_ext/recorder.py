@@ -107,8 +107,10 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE:  # no operation, and asked for at every one
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         self.now += 1
-        # Backward runs without gradient mode; a checkpoint's second forward runs with it.
-        self._forward = torch.is_grad_enabled()
+        # Backward runs without gradient mode; a checkpoint's second forward with it, in a node.
+        self._forward = torch.is_grad_enabled() and (
+            not self.boundary or torch._C._current_autograd_node() is not None
+        )
         kwargs = kwargs or {}
         if func is _ADD_IN_PLACE and not self._forward:
             self._note_gradient(args[1])
@@ -127,6 +129,8 @@ class Recorder(TorchDispatchMode):
         Under a mode, or with tensors of a subclass, such as fake ones, it never does.
         """
         at = self._living[old.untyped_storage()._cdata][0]
+        if old._is_view():  # its base holds the storage, too
+            return
         if self._made[at].size == self._made[index].size:
             self._made[index].replaces = at
 
@@ -158,8 +162,11 @@ class Recorder(TorchDispatchMode):
             self.flops += counter(*args, **kwargs, out_val=out)
 
     def live(self) -> np.ndarray:
-        """Bytes by category (rows, as in CATEGORIES) during each operation (columns, 0 to now)."""
-        change = np.zeros((len(CATEGORIES), self.now + 2), dtype=np.int64)
+        """Bytes by category (rows, as in CATEGORIES) during each operation (columns).
+
+        Column 0 is before the first, the last one after the last.
+        """
+        change = np.zeros((len(CATEGORIES), self.now + 3), dtype=np.int64)
         for made in self._made:
             if made.replaces >= 0:
                 old = self._made[made.replaces]
@@ -171,7 +178,7 @@ class Recorder(TorchDispatchMode):
             if kind == OTHER and made.forward and made.kept:
                 kind = ACTIVATIONS
             change[kind, made.born] += made.size
-            change[kind, max(made.born, min(made.died, self.now) + 1)] -= made.size
+            change[kind, max(made.born, min(made.died, self.now + 1) + 1)] -= made.size
         for at, size in self._extra:
             change[OTHER, at] += size
             change[OTHER, at + 1] -= size

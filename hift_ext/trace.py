@@ -123,25 +123,27 @@ class Trace:
 def trace(
     workload: Workload,
     *,
+    positions: Sequence[int] | None = None,
     progress: Progress | None = None,
-    indices: Sequence[int] | None = None,
 ) -> list[Trace]:
     """Executes one forward and backward per distinct position of the active group.
 
     Between two executed positions of a run of like groups the others follow, where two more in the
-    middle are to the byte what the outer two predict; else the run is halved. A peak is the largest
+    middle are to the byte what the outer two predict; else the run's ends are set apart, and then
+    it is halved. A peak is the largest
     of sums that are linear in the position of like groups, so it is convex in it: a chord that it
     touches inside it does not leave. Two neighbours are tried, for blocks that alternate.
 
     Args:
         workload: What is run.
+        positions: Groups to execute; None: all, as said above.
         progress: Told how far it is.
-        indices: Of the groups of interest; None for all.
 
     Returns:
-        One Trace a group, in forward order, or in that of `indices`.
+        One Trace a group, in forward order (in the given order with `positions`).
 
     Raises:
+        IndexError: A position that is not one of the groups.
         ValueError: Nothing is trainable, `seq` is beyond the model's positions, or the model does
             not fit the workload.
     """
@@ -156,8 +158,11 @@ def trace(
             groups=workload.groups,
         )
         runner = _Runner(workload, model, groups, trainable, progress)
-        if indices is not None:
-            return [runner.run(i) for i in indices]
+        if positions is not None:
+            for index in positions:
+                if not 0 <= index < len(groups):
+                    raise IndexError(f"position {index} is not one of the {len(groups)} groups")
+            return [runner.run(index) for index in positions]
         for first, last in _runs(groups):
             runner.fill(first, last)
         return [runner.done[i] for i in range(len(groups))]
@@ -227,23 +232,28 @@ class _Runner:
 
     def fill(self, first: int, last: int) -> None:
         """Fills in a stretch of like groups."""
-        low, high = self.run(first), self.run(last)
-        middle = (first + last) // 2
-        if last - first < 4:  # as many executions as all of them
-            for index in range(first + 1, last):
+        if last - first < 4:
+            for index in range(first, last + 1):
                 self.run(index)
-            return
-        tried = (middle, middle + 1)
-        if all(self.run(i).numbers == _between(low, high, i) for i in tried):
-            for index in range(first + 1, last):
-                if index not in self.done:
-                    group, numbers = self.groups[index], _between(low, high, index)
-                    assert numbers is not None  # their differences are whole multiples of a step
-                    like = dataclasses.replace(low, index=index, name=group.name)
-                    self.done[index] = like.with_numbers(numbers)
-            return
-        self.fill(first, middle)
-        self.fill(middle + 1, last)
+        # The outermost may differ: nothing is frozen below the first, nothing follows the last.
+        elif not self._follow(first, last) and not self._follow(first + 1, last - 1):
+            middle = (first + last) // 2
+            self.fill(first, middle)
+            self.fill(middle + 1, last)
+
+    def _follow(self, first: int, last: int) -> bool:
+        """Whether what lies between two groups follows from them; then it is filled in."""
+        low, high, middle = self.run(first), self.run(last), (first + last) // 2
+        if any(self.run(i).numbers != _between(low, high, i) for i in (middle, middle + 1)):
+            return False
+        for index in range(first + 1, last):
+            numbers = _between(low, high, index)
+            if numbers is None:
+                return False
+            if index not in self.done:
+                like = dataclasses.replace(low, index=index, name=self.groups[index].name)
+                self.done[index] = like.with_numbers(numbers)
+        return True
 
 
 def _between(low: Trace, high: Trace, index: int) -> tuple[int, ...] | None:

@@ -401,7 +401,7 @@ def test_a_cell_of_the_headline() -> None:
     limit = forecaster.machine.limit_bytes / 2**30
     for batch, said in ((int(row[1]), row[2]), (int(row[1]) + 1, row[3])):
         settings = card.settings.but(batch=batch)
-        (block,) = trace(settings.workload, indices=[1])
+        (block,) = trace(settings.workload, positions=[1])
         held = 256 * MIB
         assert f"{(block.peak.total + held) / 2**30:.2f}" == said
     assert float(row[2]) <= limit < float(row[3])
