@@ -20,11 +20,7 @@ from hift_ext.scratch import Scratch
 
 
 class StateEngine(Protocol):
-    """What keeps the state of all groups and updates one of them.
-
-    Attributes:
-        why: Why state rests there, and how the ring and its pages were chosen.
-    """
+    """What keeps the state of all groups and updates one of them; `why` tells how it was chosen."""
 
     why: str
 

@@ -34,6 +34,8 @@ LAYERS: dict[str, set[str]] = {
 LEAF_HEADERS = {"rules": {"cmath", "cstdint", "cstring"}}
 FREE_OF_EXTENSION = {
     "layers",
+    "memory",
+    "profiles",
     "replace",
     "schedule",
     "scratch",
