@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import models
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import hift_ext
-from hift_ext import cli, measure, plan, plan_cli, profiles, transfer
+from hift_ext import cli, measure, plan, profiles, transfer
 from hift_ext.forecast import Forecaster, Settings
 from hift_ext.machine import DISK_GBPS, FLOPS_SHARE, machine
 from hift_ext.recommend import largest_batch, longest, recommend
@@ -263,28 +262,6 @@ def test_the_command_writes_one_object_and_a_picture(folder, tmp_path, capsys) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "required: --model"),
-        (["--model", "x", "--gpu", "v100"], "invalid choice: 'v100'"),
-        (["--model", "x", "--batch", "0"], "positive whole number, got '0'"),
-        (["--model", "x", "--seq", "1.5"], "positive whole number, got '1.5'"),
-        (["--model", "x", "--dtype", "int8"], "invalid choice: 'int8' (choose from float32"),
-        (["--model", "x", "--state-dtype", "4bit"], "invalid choice: '4bit'"),
-        (["--model", "x", "--host-memory", "much"], "must be bytes, as 256MiB or 64GB, got 'much'"),
-        (["--model", "x", "--layers-per-group", "0"], "positive whole number, got '0'"),
-    ],
-)
-def test_wrong_arguments_exit_with_2(arguments, words, capsys) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["plan", *arguments])
-    assert exit_.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
         (["--model", "llama9"], "'llama9' is neither a preset (llama-7b"),
         (["--seq", "129"], "seq=129 is beyond the model's 128 positions"),
         (["--staging", "4KiB", "--page-bytes", "4KiB"], "does not hold two pages"),
@@ -339,20 +316,6 @@ def test_wrong_settings_say_what_is_offered(folder, changes, words) -> None:
 def test_an_unknown_setting_says_what_there_is(folder) -> None:
     with pytest.raises(TypeError, match="no setting 'length'; there are model, gpu, batch, seq"):
         hift_ext.make_plan(folder, length=3)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("268435456", 256 * MIB), ("256MiB", 256 * MIB), ("64GB", 64 * 10**9), ("1.5k", 1500)],
-)
-def test_sizes_are_read(text, size) -> None:
-    assert plan_cli.size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "-1", "64iB", "GB", "1e9", "nan"])
-def test_sizes_that_are_none(text) -> None:
-    with pytest.raises(ArgumentTypeError, match="must be bytes"):
-        plan_cli.size(text)
 
 
 class HostMeter:
