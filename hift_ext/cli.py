@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# The command line: which command, with what. The commands themselves are in doctor.py and demo.py.
+# The command line: which command, with what. The commands themselves are in doctor.py, plan_cli.py
+# and demo.py.
 # With --json, stdout carries one JSON object on one line; everything else goes to stderr.
-"""`python -m hift_ext doctor | demo`."""
+"""`python -m hift_ext doctor | plan | demo`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from hift_ext import demo, doctor
+from hift_ext import demo, doctor, plan_cli
 from hift_ext.schedule import ORDERS
 
 _EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "doctor":
             result = doctor.run(console, arguments.probe)
+        elif arguments.command == "plan":
+            result = plan_cli.run(arguments, console)
         else:
             result = demo.run(_demo_options(arguments), console)
         if arguments.json:
@@ -68,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["missing", "again"],
         help="measure memory, disk and link, and keep the rates: what is not known, or all again",
     )
+    plan = commands.add_parser(
+        "plan",
+        parents=[shared],
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="what training a model on a card takes, and with which settings it fits",
+    )
+    plan_cli.add_arguments(plan, _positive, _layers)
     _add_demo(
         commands.add_parser(
             "demo",
