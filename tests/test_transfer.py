@@ -214,3 +214,14 @@ def test_without_state_nothing_moves() -> None:
     (step,) = through_a_ring(groups, fast(), 0)
     assert step.bytes_in == step.bytes_out == 0
     assert step.step_ms == pytest.approx(2, abs=1e-3)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"])
+def test_small_parameters_take_the_room_that_the_engine_gives_them(state_dtype) -> None:
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(300)]
+    options = {"store": "disk", "page_bytes": 8192, "state_dtype": state_dtype}
+    with hift_ext.AdamW(weights, layers_per_group="all", **options) as optimizer:
+        sum(weight.sum() for weight in weights).backward()
+        optimizer.step()
+        records = cut([3] * 300, streams(Precision(state_dtype)), 8192)
+        assert optimizer.stats()["store_bytes"] == sum(records) + HEADER
