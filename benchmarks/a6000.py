@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hift_ext import choices, hardware, ops
+from hift_ext.machine import FLOPS_SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "benchmarks" / "results" / "inspect_kernels.json"
@@ -24,9 +25,6 @@ EMBEDDING = WORDS * WIDTH
 HEAD = WORDS * WIDTH + WIDTH
 GROUPS = [EMBEDDING, *[BLOCK] * BLOCKS, HEAD]
 """Parameters of LLaMA-7B's groups, one layer each."""
-
-UTILISATION = 0.6
-"""Part of the peak FLOP/s that forward and backward are taken to reach."""
 
 TYPES = {  # name: profile's rate, bytes of AdamW's state and master an element
     "float32": ("float32", 8),
@@ -51,8 +49,8 @@ def flops(tokens: int, active: int) -> float:
 
 
 def compute_ms(profile: hardware.Profile, kind: str, tokens: int, active: int) -> float:
-    """Forward and backward, at UTILISATION of the peak."""
-    return 1e3 * flops(tokens, active) / (UTILISATION * profile.flops[kind])
+    """Forward and backward, at FLOPS_SHARE of the peak."""
+    return 1e3 * flops(tokens, active) / (FLOPS_SHARE * profile.flops[kind])
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -215,7 +213,7 @@ def hidden(profile: hardware.Profile, machine: choices.Machine) -> list[str]:
         "",
         "A ring for the whole group: while forward and backward run, one group's pages go out and "
         "another's come in.",
-        f"Compute is counted operations at {UTILISATION:.0%} of the card's peak, and the "
+        f"Compute is counted operations at {FLOPS_SHARE:.0%} of the card's peak, and the "
         "shortest of "
         "all groups: with the head active backward ends at once.",
         f"Sequences of {LENGTH} tokens (shorter where there are fewer).",
