@@ -80,8 +80,8 @@ class Loading:
             self._shards[name] = ShardReader(folder / name, **facts)
             stack.callback(self._shards[name].close)
             self._shards[name].check_present(self._sums[name])
-        entries = optimizer.state.entries
-        total = sum(_bytes(param, entries[p].numel) for p, param in self._found.items())
+        found = self._found.items()
+        total = sum(_bytes(param, part_of(p, optimizer._say(p))[1]) for p, param in found)
         if not self.fresh:  # each byte is verified before
             total += sum(_bytes(param, param.numel) for param in saved.params) // ranks
         bar = progress(f"loading {folder.name}", total, in_bytes=True)
