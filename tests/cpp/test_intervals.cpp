@@ -46,7 +46,7 @@ TEST(threads_write_while_it_is_switched_and_taken) {
   IntervalLog log;
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
-    threads.emplace_back([&] {
+    threads.emplace_back([&log, t] {
       for (int i = 0; i < 2000; ++i) {
         if (log.on()) log.add({Kind::kUpdate, t, i});
       }
