@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all steps since an optimizer was made moved and took, by group: sums, means and worst.
 
-A step adds a few numbers; the rest is worked out when somebody asks.
+A step leaves its report in a list; many are added up at once, when somebody asks or it is long.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+
+import numpy as np
 
 from hift_ext.engines import StateEngine
 from hift_ext.ops import Report
 
 TIMES = ("transfer_ms", "hidden_ms", "wait_ms", "update_ms", "step_ms")
+
+
+_AT_ONCE = 1024
+"""Reports that are added up together: one at a time costs several times as much."""
 
 
 def stats(report: Report, engine: StateEngine | None) -> dict[str, float]:
@@ -35,27 +42,16 @@ class Tally:
         self.sums = [0.0] * len(TIMES)
         self.worst = [0.0] * len(TIMES)
 
-    def add(self, report: Report) -> None:
-        """Adds a step."""
-        bytes_in, bytes_out, wait, transfer, update, step = report
-        self.steps += 1
-        self.bytes_in += bytes_in
-        self.bytes_out += bytes_out
-        hidden = transfer - wait if transfer > wait else 0.0
-        sums, worst = self.sums, self.worst
-        sums[2] += wait
-        sums[3] += update
-        sums[4] += step
-        if update > worst[3]:
-            worst[3] = update
-        if step > worst[4]:
-            worst[4] = step
-        if transfer or wait:  # nothing moves where state is updated in place
-            sums[0] += transfer
-            sums[1] += hidden
-            worst[0] = max(worst[0], transfer)
-            worst[1] = max(worst[1], hidden)
-            worst[2] = max(worst[2], wait)
+    def add(self, reports: np.ndarray) -> None:
+        """Adds steps: a row of each, its columns a report's."""
+        bytes_in, bytes_out, wait, transfer, update, step = reports.T
+        self.steps += len(reports)
+        self.bytes_in += int(bytes_in.sum())
+        self.bytes_out += int(bytes_out.sum())
+        hidden = np.maximum(transfer - wait, 0.0)
+        times = np.stack([transfer, hidden, wait, update, step])
+        self.sums = (times.sum(axis=1) + self.sums).tolist()
+        self.worst = np.maximum(times.max(axis=1), self.worst).tolist()
 
     def join(self, other: Tally) -> None:
         """Adds another's steps."""
@@ -84,16 +80,30 @@ class Totals:
 
     def __init__(self) -> None:
         self._tallies: dict[int, Tally] = {}
+        self._waiting: list[tuple[int, Report]] = []
+        self._lock = threading.Lock()
 
     def add(self, group: int, report: Report) -> None:
         """Adds a step of a group."""
-        tally = self._tallies.get(group)
-        if tally is None:
-            tally = self._tallies[group] = Tally()
-        tally.add(report)
+        waiting = self._waiting
+        waiting.append((group, report))
+        if len(waiting) >= _AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        with self._lock:  # steps may be added meanwhile, at the list's end
+            steps = self._waiting[:]
+            del self._waiting[: len(steps)]
+            if not steps:
+                return
+            groups = np.array([group for group, _ in steps])
+            reports = np.array([report for _, report in steps], dtype=np.float64)
+            for group in np.unique(groups).tolist():
+                self._tallies.setdefault(group, Tally()).add(reports[groups == group])
 
     def summary(self, names: list[str], passes: int) -> dict[str, Any]:
         """All of it as plain numbers: see `HiFTOptimizer.summary`."""
+        self._settle()
         whole, groups = Tally(), []
         for index, name in enumerate(names):
             tally = self._tallies.get(index) or Tally()
