@@ -57,11 +57,14 @@ HIFT_INLINE float load(Float16 x) {
 #else
   const std::uint32_t sign = (x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
-  // Exponent and mantissa moved into place, then the bias 15 -> 127 by an exact multiplication,
-  // which also normalises subnormals. Inf and NaN overflow the range and get float's own exponent.
-  const float scaled = float_of(magnitude << 13) * float_of(0x77800000u);  // 2^112
-  const std::uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return float_of(bits_of(scaled) | special | sign);
+  // Exponent and mantissa moved into place, then the bias 15 -> 127. Inf and NaN get float's own
+  // exponent. No operand is a subnormal float, so flushing those to zero changes nothing.
+  const std::uint32_t normal = (magnitude << 13) + 0x38000000u;
+  // Beside 2^-14 the mantissa is on half's subnormal grid; without it it is the number.
+  const float least = float_of(0x38800000u);
+  const std::uint32_t subnormal = bits_of(float_of((magnitude << 13) + 0x38800000u) - least);
+  const std::uint32_t finite = magnitude < 0x400u ? subnormal : normal;
+  return float_of((magnitude >= 0x7c00u ? normal | 0x7f800000u : finite) | sign);
 #endif
 }
 
