@@ -11,7 +11,7 @@ import models
 import pytest
 
 import hift_ext
-from hift_ext import timeline
+from hift_ext import timeline, totals
 from hift_ext.recent import Ran, Recent
 
 
@@ -19,7 +19,9 @@ def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_the_summary_is_the_sum_of_all_stats() -> None:
+@pytest.mark.parametrize("at_once", [4, 1024])
+def test_the_summary_is_the_sum_of_all_stats(at_once, monkeypatch) -> None:
+    monkeypatch.setattr(totals, "_AT_ONCE", at_once)
     model = models.tiny()
     optimizer = hift_ext.AdamW(model, store="disk", page_bytes=4096, staging=3 * 4096)
     assert optimizer.summary()["steps"] == 0
