@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Bytes of state, of masters and of the ring they pass through, for parameters that need not exist:
-# the optimizer classes say what they keep, csrc/engine.cpp's rounding is repeated here.
+# the optimizer classes say what they keep, transfer.py how pages are cut.
 """How much an optimizer keeps."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
 from hift_ext.ops import Stored, StreamSpec
 from hift_ext.sgd import SGD
+from hift_ext.transfer import Group, cut, slots_of
 
 SMALL_RING = 256 << 20
 """Bytes of the streaming ring that a plan assumes unless told otherwise."""
@@ -92,9 +93,6 @@ def state_bytes(
     return sum(stream.nbytes(numel) for stream in keeping.stored([dtype]))
 
 
-_ITEM, _PAGE, _RECORD = 16, 256, 4096  # csrc/engine.cpp, paging/page_table.h: what sizes round to
-
-
 def ring_bytes(
     counts: Sequence[Sequence[int]],
     stored: Sequence[Stored],
@@ -119,18 +117,6 @@ def ring_bytes(
     page = ops.PAGE_BYTES["cuda"] if page_bytes == "auto" else int(page_bytes)
     if page_bytes == "auto" and whole > 0:
         page = min(page, whole // 2)
-    unit = max(_ITEM, *(stream.run for stream in stored))
-    width = sum(stream.nbytes(_PAGE) for stream in stored)
-    elements = max(page // width, 1) * _PAGE
-    groups = [sum(-(-count // unit) * unit for count in group) for group in counts]
-    largest = min(max(groups), elements)
-    slot = -(-(-(-largest // _PAGE) * width) // _RECORD) * _RECORD
-    pages = max(2, *(-(-group // elements) for group in groups))
-    if whole == ops.WHOLE_GROUP:
-        return pages * slot
-    if whole < 2 * slot:
-        raise ValueError(
-            f"staging of {whole} bytes does not hold two pages of {slot} bytes: pass a larger "
-            "staging or a smaller page_bytes"
-        )
-    return min(whole // slot, pages) * slot
+    groups = [Group(cut(count, stored, page), 0, 0.0) for count in counts]
+    slots = slots_of(groups, None if whole == ops.WHOLE_GROUP else whole)
+    return slots * max((size for group in groups for size in group.pages), default=0)
