@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, draw, machine, median_ratio, write
+from common import arguments, deliver, draw, machine, median_ratio
 from disk import random_buffer
 from torch import nn
 
@@ -197,10 +197,7 @@ def main() -> None:
             f"{row['name']:22}{row['median_ms']:10.1f} ms {row['gbps']:6.2f} GB/s{ratio}",
             file=sys.stderr,
         )
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from bench_step import CASES, NAMES, QUICK_SHAPES, SHAPES, Case, Shape, parameters, torch_step
 from ceiling import Ceiling, ReadCeiling
-from common import COLORS, arguments, draw, interleave, machine, median_ratio, write
+from common import COLORS, arguments, deliver, draw, interleave, machine, median_ratio, with_rounds
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -162,12 +162,7 @@ def plot(path: Any, result: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints a line a row, and writes what was asked for."""
     parser = arguments("A clipped optimizer step, beside torch and the memory's own speed.")
-    parser.add_argument("--quick", action="store_true", help="small tensors, 3 rounds: a trial")
-    parser.add_argument("--rounds", type=int, help="samples of each row (15; at least 3)")
-    options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 15)
-    if rounds < 3:
-        parser.error(f"--rounds must be at least 3, not {rounds}")
+    options, rounds = with_rounds(parser, 15, "samples of each row", "small tensors")
     sample_s = 0.001 if options.quick else 0.02
     result: dict[str, Any] = {"machine": machine(), "limit": LIMIT, "rows": [], "absent": []}
     for case in (case for case in CASES if (case.rule, case.dtype) in KINDS):
@@ -189,10 +184,7 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COLORS, arguments, draw, machine, median_ratio, write
+from common import COLORS, arguments, deliver, draw, machine, median_ratio, with_rounds
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -188,12 +188,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints as it goes, and writes what was asked for."""
     parser = arguments("Training steps with hift_ext.monitor and without, in turns.")
-    parser.add_argument("--quick", action="store_true", help="few and short turns: a trial")
-    parser.add_argument("--rounds", type=int, help="turns of each way (30; at least 3)")
-    options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 30)
-    if rounds < 3:
-        parser.error(f"--rounds must be at least 3, not {rounds}")
+    options, rounds = with_rounds(parser, 30, "turns of each way", "short turns")
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     result |= unwatched_us(200 if options.quick else 20_000)
     trainings = [small(), minilm(*((2, 8) if options.quick else (32, 64)))]
@@ -212,10 +207,7 @@ def main() -> None:
         f"{result['stages_us']:.2f} us, sums {result['totals_us']:.2f} us",
         file=sys.stderr,
     )
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import arguments, draw, machine, write
+from common import arguments, deliver, draw, machine
 from disk import BareCopies, disk_gbps
 from matplotlib.figure import Figure
 from torch import nn
@@ -356,10 +356,7 @@ def main() -> None:
             f"  waited {row['wait_ms']:7.1f}  update {row['update_ms']:6.1f}",
             file=sys.stderr,
         )
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result, timelines)
+    deliver(options, result, lambda path, found: plot(path, found, timelines))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COLORS, arguments, draw, interleave, machine, median_ratio, write
+from common import COLORS, arguments, deliver, draw, interleave, machine, median_ratio, with_rounds
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -243,12 +243,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints a line a row, and writes what was asked for."""
     parser = arguments("An optimizer step in every precision, beside torch's fused AdamW.")
-    parser.add_argument("--quick", action="store_true", help="64K elements, 3 rounds: a trial")
-    parser.add_argument("--rounds", type=int, help="samples of each row (15; at least 3)")
-    options = parser.parse_args()
-    rounds = options.rounds if options.rounds is not None else 3 if options.quick else 15
-    if rounds < 3:
-        parser.error(f"--rounds must be at least 3, not {rounds}")
+    options, rounds = with_rounds(parser, 15, "samples of each row", "64K elements")
     elements = QUICK_ELEMENTS if options.quick else ELEMENTS
     made = optimizers(elements)
     runs: dict[str, Callable[[], object]] = {name: each.step for name, each in made.items()}
@@ -256,10 +251,7 @@ def main() -> None:
     rows = rows_of(made, samples, elements)
     result = {"machine": machine(), "rows": rows, "targets": targets_of(rows)}
     show(result)
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from ceiling import Ceiling
-from common import COLORS, arguments, draw, interleave, machine, median_ratio, write
+from common import COLORS, arguments, deliver, draw, interleave, machine, median_ratio, with_rounds
 from matplotlib.figure import Figure
 
 import hift_ext
@@ -240,12 +240,7 @@ def plot(path: Any, result: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints a line a row, and writes what was asked for."""
     parser = arguments("One optimizer step, beside torch, DeepSpeed and the memory's own speed.")
-    parser.add_argument("--quick", action="store_true", help="small tensors, 3 rounds: a trial")
-    parser.add_argument("--rounds", type=int, help="samples of each row (15; at least 3)")
-    options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 15)
-    if rounds < 3:
-        parser.error(f"--rounds must be at least 3, not {rounds}")
+    options, rounds = with_rounds(parser, 15, "samples of each row", "small tensors")
     sample_s = 0.001 if options.quick else 0.02
     result: dict[str, Any] = {"machine": machine(), "rows": [], "absent": []}
     for case in CASES:
@@ -266,10 +261,7 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import TorchHiFT, arguments, draw, machine, median_ratio, write
+from common import TorchHiFT, arguments, deliver, draw, machine, median_ratio
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -274,10 +274,7 @@ def main() -> None:
                 file=sys.stderr,
             )
         runs["hift"].optimizer.close()
-    if options.json:
-        write(options.json, result)
-    if options.plot:
-        plot(options.plot, result)
+    deliver(options, result, plot)
 
 
 if __name__ == "__main__":

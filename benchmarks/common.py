@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the three benchmarks share: the machine's name, interleaved samples, a HiFT loop in plain
+# What the benchmarks share: the machine's name, interleaved samples, a HiFT loop in plain
 # torch to compare with, and files that are written whole.
 """Shared parts of the benchmarks."""
 
@@ -68,6 +68,36 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them here")
     return parser
+
+
+def with_rounds(
+    parser: argparse.ArgumentParser, usual: int, samples: str, trial: str
+) -> tuple[argparse.Namespace, int]:
+    """Parses the command line with `--quick` and `--rounds` added.
+
+    Args:
+        parser: Of `arguments`.
+        usual: Rounds unless told otherwise; with `--quick` the least, 3.
+        samples: What a round is, for the help.
+        trial: What `--quick` does besides, for the help.
+    """
+    parser.add_argument("--quick", action="store_true", help=f"{trial}, 3 rounds: a trial")
+    parser.add_argument("--rounds", type=int, help=f"{samples} ({usual}; at least 3)")
+    options = parser.parse_args()
+    rounds = options.rounds if options.rounds is not None else 3 if options.quick else usual
+    if rounds < 3:
+        parser.error(f"--rounds must be at least 3, not {rounds}")
+    return options, rounds
+
+
+def deliver(
+    options: argparse.Namespace, result: Mapping[str, Any], plot: Callable[[Path, Any], None]
+) -> None:
+    """Writes and draws what `--json` and `--plot` ask for."""
+    if options.json:
+        write(options.json, result)
+    if options.plot:
+        plot(options.plot, result)
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

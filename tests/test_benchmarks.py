@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -225,3 +226,13 @@ def test_modes(tmp_path: Path) -> None:
     assert losses["bf16, stochastic"] != losses["bf16, no master"]
     assert losses["bf16, no master"] != losses["fp32"]
     assert losses["bf16, no master"][0] == pytest.approx(losses["fp32"][0], rel=2e-2)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_too_few_rounds_are_refused(rounds, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    common = importlib.import_module("common")
+    monkeypatch.setattr(sys, "argv", ["bench", "--quick", f"--rounds={rounds}"])
+    with pytest.raises(SystemExit):
+        common.with_rounds(common.arguments("a benchmark"), 15, "samples", "small")
+    assert f"--rounds must be at least 3, not {rounds}" in capsys.readouterr().err
