@@ -24,8 +24,8 @@ namespace hift_warp {
 
 // ThreadSanitizer notes every call and return on the stack of the fiber that it believes to run. A
 // function that changes fibers is called on one and left on another, so it must note neither, or
-// both stacks grow until they overflow.
-#define HIFT_CHANGES_FIBERS __attribute__((no_sanitize("thread"), noinline))
+// both stacks grow until they overflow. Nor does it look at a thread's own variables here.
+#define HIFT_UNWATCHED __attribute__((no_sanitize("thread"), noinline))
 
 inline constexpr int kLanes = 32;
 
@@ -54,12 +54,12 @@ class Fiber {
     makecontext(&context_, entry, 0);
   }
 
-  HIFT_CHANGES_FIBERS void enter(ucontext_t* from) {
+  HIFT_UNWATCHED void enter(ucontext_t* from) {
     if (tsan_ != nullptr) __tsan_switch_to_fiber(tsan_, 0);
     swapcontext(from, &context_);
   }
 
-  HIFT_CHANGES_FIBERS void leave(ucontext_t* to) { swapcontext(&context_, to); }
+  HIFT_UNWATCHED void leave(ucontext_t* to) { swapcontext(&context_, to); }
 
  private:
   static constexpr std::size_t kStackBytes = std::size_t{1} << 17;
@@ -68,13 +68,18 @@ class Fiber {
   void* tsan_ = nullptr;
 };
 
-/// The warp that the calling thread runs.
+/// The warp that the calling thread runs: the one lent to it, or its own.
 class Warp {
  public:
-  static Warp& mine() {
-    static thread_local Warp warp;
-    return warp;
+  HIFT_UNWATCHED static Warp& mine() {
+    if (lent_ != nullptr) return *lent_;
+    static thread_local Warp own;
+    return own;
   }
+
+  /// Until `lend(nullptr)`. Who is a thread for ThreadSanitizer, and runs on whichever there is,
+  /// brings its own: a warp among another thread's own variables looks like a race to it.
+  HIFT_UNWATCHED static void lend(Warp* warp) { lent_ = warp; }
 
   /// Runs `body` for each lane; `select(lane)` comes before a lane begins or goes on.
   void run(int lanes, const std::function<void(int)>& select, const std::function<void()>& body) {
@@ -118,7 +123,7 @@ class Warp {
  private:
   static constexpr std::size_t kSlotBytes = 16;
 
-  HIFT_CHANGES_FIBERS static void entry() {
+  HIFT_UNWATCHED static void entry() {
     Warp& warp = mine();
     (*warp.body_)();
     warp.done_[warp.lane_] = true;
@@ -140,7 +145,7 @@ class Warp {
     in_fiber_ = false;
   }
 
-  HIFT_CHANGES_FIBERS void to_host() {
+  HIFT_UNWATCHED void to_host() {
     if (host_fiber_ != nullptr) __tsan_switch_to_fiber(host_fiber_, 0);
     fibers_[lane_].leave(&host_);
   }
@@ -152,6 +157,8 @@ class Warp {
     }
     return done_[0];
   }
+
+  inline static thread_local Warp* lent_ = nullptr;
 
   const std::function<void(int)>* select_ = nullptr;
   const std::function<void()>* body_ = nullptr;

@@ -64,6 +64,7 @@ class Fiber {
       stream.fiber = __tsan_create_fiber(0);
       __tsan_set_fiber_name(stream.fiber, "stream");
       stream.stack.resize(kStackBytes);
+      stream.warp = std::make_unique<hift_warp::Warp>();
       __tsan_release(stream.stack.data());
     }
     stream_ = &stream;
@@ -81,12 +82,14 @@ class Fiber {
     context.uc_link = &host_;
     makecontext(&context, begin, 0);
     current_ = &work;
+    hift_warp::Warp::lend(stream_->warp.get());
     void* const host = __tsan_get_current_fiber();
     constexpr unsigned kNoSynchronisation = 1;
     __tsan_switch_to_fiber(stream_->fiber, kNoSynchronisation);
     __tsan_acquire(stream_->stack.data());
     swapcontext(&host_, &context);
     __tsan_switch_to_fiber(host, kNoSynchronisation);
+    hift_warp::Warp::lend(nullptr);
   }
 
  private:

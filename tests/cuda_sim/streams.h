@@ -10,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "host_warp.h"
 #include "sim.h"
 
 namespace hift_sim {
@@ -40,6 +41,7 @@ struct CUstream_st {
   unsigned priority = 0;
   void* fiber = nullptr;  // ThreadSanitizer's context of the stream, and where it stands then
   std::vector<char> stack;
+  std::unique_ptr<hift_warp::Warp> warp;
 };
 
 struct CUevent_st {
