@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hift_ext.torch_device import CudaDevice
+
 Moment = Any
 """What a clock's `now` gives."""
 
@@ -52,22 +54,26 @@ class HostClock:
 
 
 class CudaClock:
-    """For work that is queued on a GPU's current stream."""
+    """For work that is queued on a GPU's current stream.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: The GPU; tests put a simulated one in its place.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
         self._device = device
         # Once: events are related to the host's clock by one on a stream without work.
-        idle = torch.cuda.Stream(device)
-        self._anchor = torch.cuda.Event(enable_timing=True)
+        idle = device.stream()
+        self._anchor = device.event(timed=True)
         before = time.perf_counter()
         self._anchor.record(idle)
-        self._anchor.synchronize()
+        idle.synchronize()
         self._at = (before + time.perf_counter()) / 2
 
     def now(self) -> Moment:
         """An event behind the work queued so far."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event = self._device.event(timed=True)
+        event.record(self._device.current())
         return event
 
     def passed(self, moment: Moment) -> bool:
@@ -84,7 +90,12 @@ class CudaClock:
 
     def wait(self) -> None:
         """Until the GPU has done all its work."""
-        torch.cuda.synchronize(self._device)
+        self._device.synchronize()
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of work on `device`."""
+    return CudaClock(CudaDevice(device)) if device.type == "cuda" else HostClock()
 
 
 class Memory:

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from hift_ext import timeline
 from hift_ext.intervals import IN, OUT, READ, WRITE, keep_intervals, take_intervals
-from hift_ext.moments import Clock, CudaClock, HostClock, Memory, Moment
+from hift_ext.moments import Clock, CudaClock, Memory, Moment, clock_of
 from hift_ext.recent import Ran, Recent
 from hift_ext.runlog import RunLog, facts, union_ms
 
@@ -224,7 +224,7 @@ class Monitor:
     def _now(self) -> Moment:
         if self._clock is None:
             device = self._optimizer._groups[0].params[0].device
-            self._clock = CudaClock(device) if device.type == "cuda" else HostClock()
+            self._clock = clock_of(device)
             self._memory = Memory(device)
         return self._clock.now()
 

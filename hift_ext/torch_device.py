@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that pages need of a GPU, by torch: streams, events, memory, copies, and time.
+"""All that pages and the monitor need of a GPU, by torch: streams, events, memory, copies, time.
 
-Nothing else of the paging in Python touches a device: tests put a simulated one in its place.
+Nothing else of theirs in Python touches a device: tests put a simulated one in its place.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class CudaDevice:
     def event(self, *, timed: bool = False) -> Event:
         """An event that nothing has recorded."""
         return torch.cuda.Event(enable_timing=timed)
+
+    def synchronize(self) -> None:
+        """The host waits for all that is queued on any stream."""
+        torch.cuda.synchronize(self.torch_device)
 
     def allocate(self, size: int) -> torch.Tensor:
         """Bytes from torch's allocator, so that its figures and caps include them.

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from hift_ext.triton_precision import widened
 
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 BLOCK = 4096
 COLUMNS = 128
 TOGETHER = 32
@@ -75,8 +76,8 @@ def _run(kernel: Any, programs: int, device: torch.device, compile_only: bool, *
     # Triton launches on the current device, which need not be the gradients'.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if compile_only:
-            return kernel.warmup(*arguments, grid=(programs,), num_warps=1)
-        return kernel[(programs,)](*arguments, num_warps=1)
+            return kernel.warmup(*arguments, grid=(programs,), **OPTIONS)
+        return kernel[(programs,)](*arguments, **OPTIONS)
 
 
 def blocks_of(count: int) -> int:

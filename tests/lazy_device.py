@@ -95,6 +95,10 @@ class LazyDevice:
         self.call()
         return LazyEvent(self)
 
+    def synchronize(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
     def allocate(self, size: int) -> torch.Tensor:
         """The block before is free by then; what it was used for may still run on this one."""
         self.call()

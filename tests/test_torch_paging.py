@@ -193,6 +193,7 @@ def test_the_cuda_device_asks_torch_rightly(monkeypatch) -> None:
         "stream": on,
         "Stream": lambda device: ("stream", device),
         "current_stream": lambda device: ("current", device),
+        "synchronize": lambda device: said.append(("synchronize", device)),
         "Event": lambda enable_timing: ("event", enable_timing),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -215,11 +216,13 @@ def test_the_cuda_device_asks_torch_rightly(monkeypatch) -> None:
     device.run(lambda: said.append(("run", list(inside))), "compute")
     device.release()
     device.release()
+    device.synchronize()
     assert said == [
         ("register", host.data_ptr(), 8, 1),
         ("register", other.data_ptr(), 5, 1),
         ("run", ["compute"]),
         ("unregister", host.data_ptr()),
+        ("synchronize", cpu),
     ]
 
 

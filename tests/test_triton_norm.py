@@ -110,5 +110,6 @@ def test_compiled_for_a_gpu(dtype, tmp_path, monkeypatch) -> None:
     assert counts["fma.rn.f64"] == 4 * 33  # and one in the loop over the last block's rows
     assert not any("local" in op or (op.startswith("mul") and "f64" in op) for op in counts)
     assert (kernel.metadata.num_warps, kernel.metadata.shared) == (1, 0)
+    assert (kernel.metadata.enable_fp_fusion, last.metadata.enable_fp_fusion) == (False, False)
     added = re.findall(r"add\.\S*f64", last.asm["ptx"])
     assert len(added) == triton_norm.TOGETHER + 1
