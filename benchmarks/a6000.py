@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hift_ext import choices, hardware, ops
-from hift_ext.machine import FLOPS_SHARE
+from hift_ext.planning.machine import FLOPS_SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "benchmarks" / "results" / "inspect_kernels.json"

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hift_ext.forecast import Forecaster, Settings
-from hift_ext.machine import machine
+from hift_ext.planning.forecast import Forecaster, Settings
+from hift_ext.planning.machine import machine
+from hift_ext.planning.search import largest
 from hift_ext.progress import progress
-from hift_ext.search import largest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "headline.md"
 LENGTHS = (512, 1024, 2048)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from hift_ext import models
-from hift_ext.footprint import _footprint, hift_only
 from hift_ext.layers import make_groups
-from hift_ext.trace import Workload, trace, trace_full
+from hift_ext.planning import models
+from hift_ext.planning.footprint import _footprint, hift_only
+from hift_ext.planning.trace import Workload, trace, trace_full
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "paper_table.md"
 MIB, GIB = 2**20, 2**30

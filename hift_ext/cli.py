@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from hift_ext import demo, doctor, plan_cli
+from hift_ext import demo, doctor
+from hift_ext.planning import cli as plan_cli
 from hift_ext.schedule import ORDERS
 
 _EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hift_ext import choices, transfer
-from hift_ext.footprint import Footprints, GroupFootprint, footprints
-from hift_ext.forecast import Forecast, Forecaster, Settings
-from hift_ext.machine import Machine, machine
-from hift_ext.models import ModelSource
-from hift_ext.recommend import Recommendation, recommend
-from hift_ext.rings import Ring, rings
-from hift_ext.trace import Progress
+from hift_ext import choices
+from hift_ext.planning import transfer
+from hift_ext.planning.footprint import Footprints, GroupFootprint, footprints
+from hift_ext.planning.forecast import Forecast, Forecaster, Settings
+from hift_ext.planning.machine import Machine, machine
+from hift_ext.planning.models import ModelSource
+from hift_ext.planning.recommend import Recommendation, recommend
+from hift_ext.planning.rings import Ring, rings
+from hift_ext.planning.trace import Progress
 
 _HEADER = 4096  # of a page file
 _CATEGORIES = ("weights", "gradients", "activations", "ring", "other")
@@ -167,7 +168,7 @@ def make_plan(model: ModelSource, *, progress: Progress | None = None, **setting
 
     Args:
         model: A preset's name, a config.json or its folder, a configuration, a module, or a
-            callable that makes one: see `hift_ext.models.build`.
+            callable that makes one: see `hift_ext.planning.models.build`.
         progress: Told what is done, and the share of it, 0 to 1.
         **settings: See `Settings`: gpu, batch, seq, dtype, optimizer, layers_per_group, order,
             master, state_dtype, grad_checkpointing, host_memory, store, staging, page_bytes,

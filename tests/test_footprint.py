@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import hift_ext
-from hift_ext import footprint
-from hift_ext.footprint import Keeping, footprints, hift_only, ring_bytes, state_bytes
-from hift_ext.keeping import OPTIMIZERS
-from hift_ext.trace import Peak, Trace, Workload, trace
+from hift_ext.planning import footprint
+from hift_ext.planning.footprint import Keeping, footprints, hift_only, ring_bytes, state_bytes
+from hift_ext.planning.keeping import OPTIMIZERS
+from hift_ext.planning.trace import Peak, Trace, Workload, trace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,8 @@ FREE_OF_EXTENSION = {
     "triton_rules",
     "triton_step",
 }
+
+PLANNERS = {"cli", "plan"}
 
 
 def sources(root: Path, *folders: str) -> list[Path]:
@@ -128,10 +130,20 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
+def modules_in(names: set[str], known: Iterable[str]) -> set[str]:
+    """Which of our modules imported names are, or are in; `known` are paths below hift_ext."""
+    dotted = {"hift_ext." + path.replace("/", "."): path for path in known}
+    return {dotted[name] for name in names & dotted.keys()}
+
+
 def import_violations(root: Path) -> list[str]:
-    """Python modules that reach the extension and should not."""
+    """Python modules that reach the extension, or the plan, and should not."""
     package = root / "hift_ext"
-    imports = {path.stem: imports_of(path) for path in package.glob("*.py")}
+    imports = {
+        path.relative_to(package).with_suffix("").as_posix(): imports_of(path)
+        for path in package.rglob("*.py")
+    }
+    inner = {name: modules_in(imported, imports) for name, imported in imports.items()}
     bad = [
         f"hift_ext/{name}.py: only ops.py may import _hift_ext"
         for name, imported in imports.items()
@@ -140,13 +152,18 @@ def import_violations(root: Path) -> list[str]:
     for start in FREE_OF_EXTENSION & imports.keys():
         reached, todo = {start}, [start]
         while todo:
-            inner = {
-                name.split(".")[1] for name in imports[todo.pop()] if name.startswith("hift_ext.")
-            }
-            todo += (inner & imports.keys()) - reached
-            reached |= inner & imports.keys()
+            more = inner[todo.pop()] - reached
+            todo += more
+            reached |= more
         if "ops" in reached:
             bad.append(f"hift_ext/{start}.py: must not reach the extension")
+    bad += [
+        f"hift_ext/{name}.py: only {' and '.join(sorted(PLANNERS))} may import the plan's modules"
+        for name, modules in inner.items()
+        if name not in PLANNERS
+        and not name.startswith("planning/")
+        and any(module.startswith("planning/") for module in modules)
+    ]
     return bad
 
 
@@ -204,6 +221,9 @@ def test_laws_see_the_project() -> None:
         (import_violations, "hift_ext/adamw.py", "import _hift_ext"),
         (import_violations, "hift_ext/schedule.py", "from hift_ext.adamw import AdamW"),
         (import_violations, "hift_ext/layers.py", "from hift_ext import ops"),
+        (import_violations, "hift_ext/planning/lora.py", "import _hift_ext"),
+        (import_violations, "hift_ext/adamw.py", "from hift_ext.planning.trace import trace"),
+        (import_violations, "hift_ext/sgd.py", "from hift_ext.planning import trace"),
         (shape_violations, "csrc/cpu/long.h", "int x;\n" * 400),
     ],
 )
@@ -217,6 +237,8 @@ def test_law_sees_what_breaks_it(
     tree["hift_ext/ops.py"] = PY_HEAD + "import _hift_ext\n"
     tree["hift_ext/adamw.py"] = PY_HEAD + "from hift_ext import ops\n"
     tree["hift_ext/layers.py"] = PY_HEAD + "import torch\n"
+    tree["hift_ext/planning/trace.py"] = PY_HEAD + "from hift_ext import ops\n"
+    tree["hift_ext/plan.py"] = PY_HEAD + "from hift_ext.planning import trace\n"
     for name, content in tree.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)

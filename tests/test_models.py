@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from hift_ext import models
 from hift_ext.layers import make_groups
+from hift_ext.planning import models
 
 PUBLISHED = {
     "llama-7b": 6738415616,

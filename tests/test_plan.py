@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import hift_ext
-from hift_ext import cli, measure, plan, profiles, transfer
-from hift_ext.forecast import Forecaster, Settings
-from hift_ext.machine import DISK_GBPS, FLOPS_SHARE, machine
-from hift_ext.recommend import largest_batch, longest, recommend
-from hift_ext.rings import best, rings
-from hift_ext.trace import trace
+from hift_ext import cli, plan, profiles
+from hift_ext.planning import measure, transfer
+from hift_ext.planning.forecast import Forecaster, Settings
+from hift_ext.planning.machine import DISK_GBPS, FLOPS_SHARE, machine
+from hift_ext.planning.recommend import largest_batch, longest, recommend
+from hift_ext.planning.rings import best, rings
+from hift_ext.planning.trace import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20

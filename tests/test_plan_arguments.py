@@ -8,7 +8,8 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from hift_ext import cli, plan_cli
+from hift_ext import cli
+from hift_ext.planning import cli as plan_cli
 
 MIB = 1 << 20
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hift_ext.recommend import largest
+from hift_ext.planning.recommend import largest
 
 
 class Counted:

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from hift_ext import models
 from hift_ext.layers import make_groups
-from hift_ext.trace import Trace, Workload, trace, trace_full, trace_lora
-from hift_ext.workload import loss_of, make_inputs, make_model
+from hift_ext.planning import models
+from hift_ext.planning.trace import Trace, Workload, trace, trace_full, trace_lora
+from hift_ext.planning.workload import loss_of, make_inputs, make_model
 
 LLAMA: dict[str, Any] = {
     **models.PRESETS["llama2-7b"],

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hift_ext
-from hift_ext.precision import Precision
-from hift_ext.transfer import (
+from hift_ext.planning.transfer import (
     Group,
     Link,
     cut,
@@ -20,6 +19,7 @@ from hift_ext.transfer import (
     slots_of,
     through_a_ring,
 )
+from hift_ext.precision import Precision
 
 MB = 1_000_000
 HEADER = 4096  # of a page file

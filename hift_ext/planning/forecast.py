@@ -13,15 +13,16 @@ from typing import Any, Literal
 
 import torch
 
-from hift_ext import ops, transfer
-from hift_ext.footprint import GroupFootprint, hift_only
-from hift_ext.keeping import OPTIMIZERS, SMALL_RING, Keeping
-from hift_ext.machine import GPUS, Machine
-from hift_ext.models import ModelSource
+from hift_ext import ops
 from hift_ext.ops import Stored
 from hift_ext.options import STORES
+from hift_ext.planning import transfer
+from hift_ext.planning.footprint import GroupFootprint, hift_only
+from hift_ext.planning.keeping import OPTIMIZERS, SMALL_RING, Keeping
+from hift_ext.planning.machine import GPUS, Machine
+from hift_ext.planning.models import ModelSource
+from hift_ext.planning.trace import Progress, Trace, Workload, trace
 from hift_ext.schedule import ORDERS, make_order
-from hift_ext.trace import Progress, Trace, Workload, trace
 
 DTYPES: Mapping[str, tuple[torch.dtype, torch.dtype | None]] = MappingProxyType(
     {
@@ -45,7 +46,7 @@ class Settings:
     """What a plan is made for.
 
     Attributes:
-        model: See `hift_ext.models.build`.
+        model: See `hift_ext.planning.models.build`.
         gpu: A card's key, or "here".
         batch: Sequences a step.
         seq: Tokens a sequence.

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hift_ext.footprint import GroupFootprint
+from hift_ext.planning.footprint import GroupFootprint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

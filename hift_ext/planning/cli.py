@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from hift_ext import plan, plan_report
-from hift_ext.forecast import DTYPES, STATE_DTYPES, Settings
-from hift_ext.keeping import OPTIMIZERS
-from hift_ext.machine import GPUS
-from hift_ext.models import PRESETS
+from hift_ext import plan
 from hift_ext.options import STORES
+from hift_ext.planning import report as plan_report
+from hift_ext.planning.forecast import DTYPES, STATE_DTYPES, Settings
+from hift_ext.planning.keeping import OPTIMIZERS
+from hift_ext.planning.machine import GPUS
+from hift_ext.planning.models import PRESETS
 from hift_ext.progress import progress
 from hift_ext.schedule import ORDERS
 
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.plot is not None:
         plan_report.check_plot(arguments.plot)
     if arguments.measure:
-        from hift_ext import measure
+        from hift_ext.planning import measure
 
         measure.check()
     with progress("planning", 100) as bar:

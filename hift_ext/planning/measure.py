@@ -17,10 +17,10 @@ from rich.table import Table
 
 from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
-from hift_ext.forecast import DTYPES, STATE_DTYPES
+from hift_ext.planning.forecast import DTYPES, STATE_DTYPES
+from hift_ext.planning.workload import loss_of, make_inputs, make_model
 from hift_ext.progress import progress
 from hift_ext.sgd import SGD
-from hift_ext.workload import loss_of, make_inputs, make_model
 
 if TYPE_CHECKING:
     from hift_ext.plan import Plan

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hift_ext import models
-from hift_ext.models import ModelSource
+from hift_ext.planning import models
+from hift_ext.planning.models import ModelSource
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Workload:
     """What is run: a model, a batch, and how.
 
     Attributes:
-        model: See `hift_ext.models.build`.
+        model: See `hift_ext.planning.models.build`.
         batch: Sequences a micro-batch.
         seq: Tokens a sequence.
         dtype: Type of the weights (of a preset or a configuration; a module keeps its own).

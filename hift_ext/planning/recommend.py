@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hift_ext import choices
-from hift_ext.forecast import Forecaster, Settings
-from hift_ext.rings import best, rings
-from hift_ext.search import largest
+from hift_ext.planning.forecast import Forecaster, Settings
+from hift_ext.planning.rings import best, rings
+from hift_ext.planning.search import largest
 
 MOST_BATCH = 4096
 """Larger batches are not looked for."""

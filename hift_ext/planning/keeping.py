@@ -16,8 +16,8 @@ from hift_ext import ops, precision
 from hift_ext.adagrad import Adagrad
 from hift_ext.adamw import Adam, AdamW
 from hift_ext.ops import Stored, StreamSpec
+from hift_ext.planning.transfer import Group, cut, slots_of
 from hift_ext.sgd import SGD
-from hift_ext.transfer import Group, cut, slots_of
 
 SMALL_RING = 256 << 20
 """Bytes of the streaming ring that a plan assumes unless told otherwise."""

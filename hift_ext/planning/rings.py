@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hift_ext.forecast import Forecaster, Settings
+from hift_ext.planning.forecast import Forecaster, Settings
 
 _WORTH = 1.002
 """A larger ring is taken where it makes the step faster by this factor."""

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hift_ext import lora
-from hift_ext.as_on_gpu import AsOnGpu
 from hift_ext.layers import Group, make_groups
-from hift_ext.models import config_of
-from hift_ext.recorder import GRADIENTS, OTHER, WEIGHTS, Recorder
-from hift_ext.workload import Workload, loss_of, make_inputs, make_model
+from hift_ext.planning import lora
+from hift_ext.planning.as_on_gpu import AsOnGpu
+from hift_ext.planning.models import config_of
+from hift_ext.planning.recorder import GRADIENTS, OTHER, WEIGHTS, Recorder
+from hift_ext.planning.workload import Workload, loss_of, make_inputs, make_model
 
 __all__ = ["Peak", "Progress", "Trace", "Workload", "trace", "trace_full", "trace_lora"]
 

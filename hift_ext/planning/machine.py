@@ -12,9 +12,9 @@ import torch
 
 from hift_ext import choices, hardware, memory, probe
 from hift_ext.choices import COPY_S, LAUNCH_S, LINK_SHARE
+from hift_ext.planning.transfer import Link
 from hift_ext.profiles import PROFILES, Profile, get
 from hift_ext.rates import BusRates
-from hift_ext.transfer import Link
 
 MEMORY_SHARE = 0.85
 """Of a card's nominal memory bandwidth that the update's kernel reaches."""

@@ -11,10 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from hift_ext import precision
-from hift_ext.keeping import OPTIMIZERS, SMALL_RING, Keeping, ring_bytes, rule_of, state_bytes
 from hift_ext.ops import Stored
-from hift_ext.recorder import allocated
-from hift_ext.trace import Peak, Progress, Trace, Workload, trace, trace_full, trace_lora
+from hift_ext.planning.keeping import (
+    OPTIMIZERS,
+    SMALL_RING,
+    Keeping,
+    ring_bytes,
+    rule_of,
+    state_bytes,
+)
+from hift_ext.planning.recorder import allocated
+from hift_ext.planning.trace import Peak, Progress, Trace, Workload, trace, trace_full, trace_lora
 
 __all__ = [
     "OPTIMIZERS",

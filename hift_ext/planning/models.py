@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from hift_ext.presets import PRESETS
+from hift_ext.planning.presets import PRESETS
 
 __all__ = ["PRESETS", "ModelSource", "build", "config_of"]
 
