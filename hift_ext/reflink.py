@@ -223,6 +223,6 @@ def _sums(
             unforgotten += cut.spec.bytes
             if unforgotten >= FLUSH_BYTES:
                 unforgotten = 0
-                reader.forget()
-        reader.forget()
+                reader.forget(cut.spec.key)
+        reader.forget(cuts[-1].spec.key)
     return sums

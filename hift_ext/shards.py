@@ -332,9 +332,10 @@ class ShardReader:
             read(len(data))
         return total.hexdigest()
 
-    def forget(self) -> None:
-        """What was read need not stay in the system's memory."""
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+    def forget(self, key: str) -> None:
+        """What lies before a tensor's end need not stay in the system's memory."""
+        # Not what lies behind it: the system has begun to read that.
+        os.posix_fadvise(self._file, 0, self._places[key][1], os.POSIX_FADV_DONTNEED)
 
     def check(self, key: str, found: str, expected: str) -> None:
         """Compares a tensor's checksum with what it must be.
