@@ -51,7 +51,7 @@ def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
     Values are saved as they are kept: 8-bit codes, 16-bit state and masters included. They pass
     through two buffers of 1 MiB (and, from a file, one page): memory does not grow with the model.
     Where the file system shares blocks (a reflink), state in a page file is not copied, only read
-    once for its checksums.
+    once for its checksums; memory then takes about 1 KB for each page and stream.
     The directory appears when all of it is on the disk, in the place of the last checkpoint if
     there is one: until then, however a process ends, that one stays.
 

@@ -43,7 +43,7 @@ class NotSharedError(Exception):
     """Why a page file has to be copied."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cut:
     """Values of a run of a parameter's elements, in one page of the page file.
 

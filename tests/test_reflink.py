@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from test_checkpoint import SHARD, everything, flip, make, same
 from test_checkpoint_faults import MEBIBYTE, Watch, big
 from test_checkpoint_ways import WAYS, bf16, masters, raw
-from test_sharded import made, sharded, whole_state
+from test_sharded import made, plain, sharded, whole_state
 
 import hift_ext
-from hift_ext import loading, manifest
+from hift_ext import loading, manifest, reflink
 
 
 def said(caplog) -> list[str]:
@@ -271,25 +271,44 @@ def test_memory_is_below_two_pages(disk) -> None:
 # Ranks --------------------------------------------------------------------------------------------
 
 
+EIGHT = {"state_dtype": "8bit", "page_bytes": 4096}
+
+
+def save_both_ways(optimizer: Any, folder: Path) -> None:
+    """Shares blocks in `saved`, and copies in `copied`."""
+    hift_ext.save(optimizer, folder / "saved")
+    real, reflink.share = reflink.share, lambda *_: None
+    try:
+        hift_ext.save(optimizer, folder / "copied")
+    finally:
+        reflink.share = real
+
+
 def on_save(folder: Path) -> Any:
     """Each rank has a page file of its own."""
-    os.environ["TMPDIR"] = str(folder)
-    optimizer = made(model := sharded("root"), store="disk", page_bytes=4096, state_dtype="8bit")
+    store = f"disk:{folder / 'pages'}{dist.get_rank()}"
+    optimizer = made(model := sharded("root"), store=store, **EIGHT)
     models.train(model, optimizer, share(models.batches(8)))
-    hift_ext.save(optimizer, folder / "saved")
+    save_both_ways(optimizer, folder)
     mine = folder / "saved" / f"state-r{dist.get_rank():05d}-00001.safetensors"
     state, shared = whole_state(optimizer), shared_bytes(mine)
     optimizer.close()
     return state, shared
 
 
-def on_load(folder: Path) -> Any:
-    optimizer = made(sharded("root"), store="disk", page_bytes=2048, state_dtype="8bit")
-    hift_ext.load(optimizer, folder / "saved")
+def on_load(folder: Path, name: str) -> Any:
+    optimizer = made(sharded("root"), store="disk", state_dtype="8bit", page_bytes=2048)
+    hift_ext.load(optimizer, folder / name)
     state = whole_state(optimizer)
     optimizer.close()
-    del os.environ["TMPDIR"]
     return state
+
+
+def equal(a: Any, b: Any) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(
+        torch.equal(value, ours[name]) for theirs, ours in pairs for name, value in theirs.items()
+    )
 
 
 def test_every_rank_shares_its_page_file(disk) -> None:
@@ -297,6 +316,19 @@ def test_every_rank_shares_its_page_file(disk) -> None:
     assert min(shared, others) > 4096
     files = sorted(p for p in (disk / "saved").iterdir() if p.name != manifest.NAME)
     assert [p.name for p in files] == [f"state-r0000{r}-00001.safetensors" for r in range(2)]
-    for again in pair().run(on_load, disk):
-        for theirs, ours in zip(state, again, strict=True):
-            assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    assert all(equal(state, again) for again in pair().run(on_load, disk, "saved"))
+    alone = {}
+    for name in ("saved", "copied"):  # other blocks of codes
+        alone[name] = made(plain(), **EIGHT)
+        hift_ext.load(alone[name], disk / name)
+    assert all(map(torch.equal, raw(alone["saved"]), raw(alone["copied"])))
+    assert not equal(state, whole_state(alone["saved"]))
+
+
+def test_saved_on_one_and_loaded_on_two(disk) -> None:
+    optimizer = made(model := plain(), store="disk", **EIGHT)
+    models.train(model, optimizer, models.batches(8))
+    save_both_ways(optimizer, disk)
+    optimizer.close()
+    loaded = {name: pair().run(on_load, disk, name) for name in ("saved", "copied")}
+    assert all(map(equal, loaded["saved"], loaded["copied"]))
