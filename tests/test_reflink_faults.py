@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_checkpoint import everything, same
 from test_checkpoint_faults import die, stopped, visits
 from test_reflink import on_disk
@@ -64,7 +65,8 @@ def test_killed_at_every_call_the_last_checkpoint_is_there(disk) -> None:
     new.close()
 
 
-def test_an_error_of_any_call_leaves_the_last_checkpoint(disk) -> None:
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_an_error_of_any_call_leaves_the_last_checkpoint(kind, disk) -> None:
     old, new, at, texts = on_disk(4), on_disk(7), 0, []
     while True:
         target = disk / f"{at}" / "saved"
@@ -72,12 +74,12 @@ def test_an_error_of_any_call_leaves_the_last_checkpoint(disk) -> None:
         hift_ext.save(old, target)
 
         def refuse(name: str) -> None:
-            raise OSError(errno.EIO, f"no {name} today")
+            raise kind(errno.EIO, f"no {name} today")
 
         with stopped(at, refuse) as seen:
             try:
                 hift_ext.save(new, target)
-            except OSError as error:
+            except kind as error:
                 texts.append(f"{error} {error.__cause__}")
         if len(seen) <= at:
             break
