@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # What a checkpoint costs beside moving as many bytes plainly: a sequential write that waits for the
 # disk, and a sequential read that finds nothing in memory, on the same file system, in turns. State
-# that is loaded into host memory for the first time is compared with a read into new memory.
+# that is loaded into host memory for the first time is compared with a read into new memory. Where
+# the file system shares the page file's blocks, copying it is timed as well.
 """`python benchmarks/bench_checkpoint.py --json FILE --plot FILE.png`."""
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from disk import random_buffer
 from torch import nn
 
 import hift_ext
+from hift_ext import reflink
 
 BLOCK = 1 << 20
 ELEMENTS = 4 << 20
@@ -97,11 +99,26 @@ def optimizer_of(store: str, parameters: int) -> hift_ext.AdamW:
     return optimizer
 
 
+def save_copying(optimizer: hift_ext.AdamW, path: Path) -> None:
+    """Saves as where blocks cannot be shared."""
+    real, reflink.share = reflink.share, lambda *_: None
+    try:
+        hift_ext.save(optimizer, path)
+    finally:
+        reflink.share = real
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a checkpoint was made of a page file's own blocks."""
+    return ".flat[" in (path / "manifest.json").read_text()
+
+
 def measure(folder: Path, parameters: int, rounds: int) -> list[dict[str, Any]]:
     """Times everything once a round, in a new order each round."""
     buffer = random_buffer(BLOCK)
     data = memoryview(buffer)
-    stores = {store: optimizer_of(store, parameters) for store in ("ram", "disk")}
+    places = {"ram": "ram", "disk": f"disk:{folder / 'pages'}"}  # beside the checkpoints
+    stores = {store: optimizer_of(place, parameters) for store, place in places.items()}
     for store, optimizer in stores.items():
         hift_ext.save(optimizer, folder / store)
     files = {store: sorted((folder / store).glob("*.safetensors")) for store in stores}
@@ -117,7 +134,7 @@ def measure(folder: Path, parameters: int, rounds: int) -> list[dict[str, Any]]:
     weights = [nn.Parameter(torch.zeros(ELEMENTS)) for _ in range(parameters)]
 
     def resume(store: str) -> None:
-        optimizer = new_optimizer(store, weights)
+        optimizer = new_optimizer("ram" if store == "ram" else f"disk:{folder / 'again'}", weights)
         hift_ext.load(optimizer, folder / store)
         optimizer.close()
 
@@ -128,6 +145,9 @@ def measure(folder: Path, parameters: int, rounds: int) -> list[dict[str, Any]]:
         runs[f"load to {store}"] = (against, lambda o=optimizer, p=path: hift_ext.load(o, p))
         against = "read into new memory" if store == "ram" else "plain copy"
         runs[f"resume in {store}"] = (against, lambda s=store: resume(s))
+    if is_shared(folder / "disk"):
+        copied = stores["disk"], folder / "copied"
+        runs["save copying from disk"] = ("plain copy", lambda: save_copying(*copied))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0)
     for number in range(rounds):

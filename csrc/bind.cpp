@@ -281,6 +281,13 @@ void bind_engine(py::module_& m) {
              return py::cast(Bytes{std::move(owner), data, engine.streams()[stream].bytes(count)});
            })
       .def("parts", &Engine::parts, py::call_guard<py::gil_scoped_release>())
+      .def("places",
+           [](Engine& engine, int group, std::int64_t item) {
+             std::vector<std::tuple<std::int64_t, bool, std::vector<std::int64_t>>> tuples;
+             for (const auto& p : engine.places(group, item))
+               tuples.emplace_back(p.elements, p.touched, p.offsets);
+             return tuples;
+           })
       .def("prefetch", &Engine::prefetch, py::call_guard<py::gil_scoped_release>())
       .def("flush", &Engine::flush, py::call_guard<py::gil_scoped_release>())
       .def("keep_intervals",
@@ -291,6 +298,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("page_bytes", &Engine::page_bytes)
       .def_property_readonly("touched_bytes", &Engine::touched_bytes)
       .def_property_readonly("description", &Engine::description)
+      .def_property_readonly("file", &Engine::file)
       .def_property_readonly("folder", &Engine::folder);
 }
 

@@ -100,6 +100,17 @@ class Engine {
   /// Elements of the item in each page it lies in, in order.
   std::vector<std::int64_t> parts(int group, std::int64_t item);
 
+  /// Where a page has some of an item's elements in the page file.
+  struct Place {
+    std::int64_t elements;
+    bool touched;                       // false: the file has nothing of them yet
+    std::vector<std::int64_t> offsets;  // of each stream's first, bytes from the file's beginning
+  };
+  /// Of each page the item lies in, in order; after `flush` the file has there what `read` gives.
+  /// None for state that rests in host memory.
+  std::vector<Place> places(int group, std::int64_t item);
+  int file() const { return store_->file(); }  // descriptor of the page file, or -1
+
   void prefetch(int group);
   void flush();
 

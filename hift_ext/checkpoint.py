@@ -11,31 +11,29 @@ import hashlib
 import json
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hift_ext import distributed, settings
+from hift_ext import distributed, reflink, settings
 from hift_ext.booking import book
 from hift_ext.conversion import wanted_streams
+from hift_ext.homes import Home
 from hift_ext.loading import Loading, undone_on_error, walk
 from hift_ext.manifest import (
     Manifest,
     Piece,
-    SavedParam,
     check_files,
     check_tiled,
     encoded,
     saved_param,
     shard_name,
 )
-from hift_ext.paged_state import Entry
 from hift_ext.precision import PLAIN
 from hift_ext.profiling import stage
 from hift_ext.progress import Progress, progress
 from hift_ext.replace import Replacement, recover, sweep
 from hift_ext.sharding import part_of
-from hift_ext.shards import BUFFER_BYTES, Pieces, ShardWriter, TensorSpec
+from hift_ext.shards import BUFFER_BYTES, Pieces, ShardWriter
 from hift_ext.team import Team
 
 if TYPE_CHECKING:
@@ -52,6 +50,8 @@ def save(optimizer: HiFTOptimizer, path: str | os.PathLike[str]) -> None:
 
     Values are saved as they are kept: 8-bit codes, 16-bit state and masters included. They pass
     through two buffers of 1 MiB (and, from a file, one page): memory does not grow with the model.
+    Where the file system shares blocks (a reflink), state in a page file is not copied, only read
+    once for its checksums; memory then takes about 1 KB for each page and stream.
     The directory appears when all of it is on the disk, in the place of the last checkpoint if
     there is one: until then, however a process ends, that one stays.
 
@@ -140,22 +140,6 @@ def _check(optimizer: HiFTOptimizer) -> None:
     settings.check_unchanged(optimizer, whole=True)
 
 
-@dataclass(frozen=True)
-class _Home:
-    """A parameter that has values: the engine's streams they are in, and the rank's part of it."""
-
-    entry: Entry
-    param: SavedParam
-    numbers: list[int]
-    begin: int
-    count: int
-
-    @property
-    def part(self) -> tuple[int, int, int]:
-        """What ranks with the same values have in common."""
-        return self.param.index, self.begin, self.count
-
-
 class _Saving:
     """A checkpoint in the making, on one rank: three parts that all ranks do together.
 
@@ -171,7 +155,7 @@ class _Saving:
     ) -> None:
         self._optimizer, self._target, self._team, self._stack = optimizer, target, team, stack
         self._manifest = Manifest(type(optimizer).__name__, [], [])
-        self._homes: list[_Home] = []
+        self._homes: list[Home] = []
 
     def prepare(self) -> dict[str, Any]:
         """Describes what this rank has; the first rank makes the folder that all write to."""
@@ -216,7 +200,7 @@ class _Saving:
             begin, count = part_of(p, optimizer._say(p))
             if laid_out and (entry.visits or p in state):
                 numbers = [number for number, _ in own]
-                self._homes.append(_Home(entry, saved, numbers, begin, count))
+                self._homes.append(Home(entry, saved, numbers, begin, count))
         self._manifest.params[:] = [params[index] for index in sorted(params)]
 
     def write(self, plans: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -242,15 +226,21 @@ class _Saving:
         ]
         shards: dict[str, dict[str, int]] = {}
         pieces: list[tuple[int, str, Piece]] = []
-        total = sum(spec.bytes for home in mine for spec in _specs(home))
+        total = sum(spec.bytes for home in mine for spec in home.specs)
         bar = progress(f"saving {self._target.name}", total, in_bytes=True)
         shown = self._stack.enter_context(bar)
-        for number, batch in enumerate(_batches(mine), 1):
-            name = shard_name(number, None if self._team.alone else self._team.rank)
-            with ShardWriter(folder / name, [s for home in batch for s in _specs(home)]) as shard:
+        writer = None if self._team.alone else self._team.rank
+        name, engine = shard_name(1, writer), self._optimizer.state.engine
+        told = self._target, len(self._team.ranks), shown
+        shared = reflink.share(engine, mine, folder / name, *told)
+        if shared is not None:
+            shards[name], pieces, mine = shared.facts, shared.pieces, shared.left
+        for number, batch in enumerate(_batches(mine), 1 + len(shards)):
+            name = shard_name(number, writer)
+            with ShardWriter(folder / name, [s for home in batch for s in home.specs]) as shard:
                 self._write_shard(shard, batch, shown)
             for home in batch:
-                for stream, (key, _, _) in zip(home.param.streams, _specs(home), strict=True):
+                for stream, (key, _, _) in zip(home.param.streams, home.specs, strict=True):
                     piece = Piece(name, key, home.begin, home.count, shard.xxh3(key))
                     pieces.append((home.param.index, stream.name, piece))
             shards[name] = {
@@ -260,12 +250,12 @@ class _Saving:
             }
         return {"shards": shards, "pieces": pieces}
 
-    def _write_shard(self, shard: ShardWriter, batch: list[_Home], shown: Progress) -> None:
+    def _write_shard(self, shard: ShardWriter, batch: list[Home], shown: Progress) -> None:
         engine = self._optimizer.state.engine
         assert engine is not None
         with Pieces() as pieces:
             for home in batch:
-                entry, streams, specs = home.entry, home.param.streams, _specs(home)
+                entry, streams, specs = home.entry, home.param.streams, home.specs
                 for begin, count in walk(engine.parts(entry.group, entry.item), _STEP):
                     for at, stream, spec in zip(home.numbers, streams, specs, strict=True):
                         values = stream.nbytes(count) // stream.dtype.itemsize
@@ -292,16 +282,12 @@ class _Saving:
         self._stack.close()  # what fails here the others are told, too
 
 
-def _specs(home: _Home) -> list[TensorSpec]:
-    return [home.param.spec(stream, home.begin, home.count) for stream in home.param.streams]
-
-
-def _batches(homes: list[_Home]) -> list[list[_Home]]:
+def _batches(homes: list[Home]) -> list[list[Home]]:
     """What goes into each shard."""
-    batches: list[list[_Home]] = []
+    batches: list[list[Home]] = []
     room = 0
     for home in homes:
-        size = sum(spec.bytes for spec in _specs(home))
+        size = sum(spec.bytes for spec in home.specs)
         if not batches or size > room:
             batches.append([])
             room = SHARD_BYTES

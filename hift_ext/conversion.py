@@ -7,6 +7,7 @@ A piece of one parameter at a time; what is read is compared with its checksum o
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ class Source:
         # Of each tensor what was read from its beginning on without a gap, or -1, and the sum.
         self._next: dict[_Place, int] = {}
         self._sums: dict[_Place, Any] = {}
+        self._same: dict[str, bool] = {}
         self._buffers = buffers
         self._weights: torch.Tensor | None = None
         # Where strides differ, a piece is the whole parameter.
@@ -153,7 +155,11 @@ class Source:
     ) -> Iterator[tuple[Piece, int, int]]:
         """The pieces that hold some of the entry's elements: from which on, up to which."""
         at = self._first + begin
-        for piece in stream.pieces:
+        first = bisect_right(stream.pieces, at, key=lambda piece: piece.begin) - 1
+        for number in range(max(first, 0), len(stream.pieces)):
+            piece = stream.pieces[number]
+            if piece.begin >= at + count:
+                break
             low, high = max(at, piece.begin), min(at + count, piece.begin + piece.count)
             if low < high:
                 yield piece, low, high
@@ -182,6 +188,11 @@ class Source:
 
     def _same_blocks(self, stream: SavedStream) -> bool:
         """Whether the entry's blocks of 8-bit codes are the saved ones."""
+        if stream.name not in self._same:
+            self._same[stream.name] = self._compare_blocks(stream)
+        return self._same[stream.name]
+
+    def _compare_blocks(self, stream: SavedStream) -> bool:
         end = self._first + self._entry.numel
         for piece, low, high in self._overlaps(stream, 0, self._entry.numel):
             starts = (low - piece.begin) % precision.BLOCK, (low - self._first) % precision.BLOCK

@@ -55,23 +55,51 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete or of another kind; the message names the file."""
 
 
-def header_of(tensors: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file, and where each tensor's data begins in the file (bytes)."""
+def _head(places: Iterable[tuple[int, TensorSpec]], block: int = 4096) -> bytes:
+    """The head of a file with tensors at these bytes of its data, which begin on a block."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin, offsets = 0, {}
-    # Wider types first, so that every tensor is aligned to its type.
-    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
-        offsets[tensor.key] = begin
+    for begin, tensor in places:
         entries[tensor.key] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, begin + tensor.bytes],
         }
-        begin += tensor.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)  # data begins on a block
-    head = len(text).to_bytes(8, "little") + text
-    return head, {key: len(head) + offset for key, offset in offsets.items()}
+    text += b" " * (-(len(text) + 8) % block)
+    return len(text).to_bytes(8, "little") + text
+
+
+def header_of(tensors: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where each tensor's data begins in the file (bytes)."""
+    begin, places = 0, []
+    # Wider types first, so that every tensor is aligned to its type.
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+        places.append((begin, tensor))
+        begin += tensor.bytes
+    head = _head(places)
+    return head, {tensor.key: len(head) + begin for begin, tensor in places}
+
+
+def head_over(places: Iterable[tuple[int, TensorSpec]], size: int, block: int) -> bytes:
+    """The head of a safetensors file whose data are laid out already.
+
+    What lies between tensors is tensors, too, `unused[begin:end]`: readers refuse gaps.
+
+    Args:
+        places: Where each tensor begins in the data (bytes), in ascending order.
+        size: Bytes of the data.
+        block: The data begin at a multiple of it in the file.
+    """
+    end, all_places = 0, []
+    for begin, tensor in (*places, (size, TensorSpec("", torch.uint8, (0,)))):
+        assert begin >= end, f"{tensor.key} begins at {begin}, before {end}"
+        if begin > end:
+            all_places.append(
+                (end, TensorSpec(f"unused[{end}:{begin}]", torch.uint8, (begin - end,)))
+            )
+        all_places.append((begin, tensor))
+        end = begin + tensor.bytes
+    return _head(all_places[:-1], block)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -113,7 +141,7 @@ class ShardWriter:
                 written = os.pwrite(self._file, data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
-            raise _explained(error, self.path, self.size) from error
+            raise explained(error, self.path, self.size) from error
 
     def xxh3(self, key: str) -> str:
         """Checksum of a tensor's bytes so far."""
@@ -140,12 +168,13 @@ class ShardWriter:
             if kind is None:
                 os.fsync(self._file)
         except OSError as error:
-            raise _explained(error, self.path, self.size) from error
+            raise explained(error, self.path, self.size) from error
         finally:
             os.close(self._file)
 
 
-def _explained(error: OSError, path: Path, size: int) -> OSError:
+def explained(error: OSError, path: Path, size: int) -> OSError:
+    """The same error, with what to do."""
     space = os.statvfs(path.parent)
     return OSError(
         error.errno,
@@ -215,6 +244,7 @@ class ShardReader:
 
     def __init__(self, path: Path, size: int, head_bytes: int, head_crc32: int) -> None:
         self.path = path
+        self._buffer: memoryview | None = None
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -292,16 +322,26 @@ class ShardReader:
         Raises:
             CheckpointError: One has another checksum.
         """
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        buffer = memoryview(bytearray(BUFFER_BYTES))
         for key in sorted(xxh3, key=lambda key: self._places[key]):
-            (begin, end), total = self._places[key], xxhash.xxh3_64()
-            for at in range(begin, end, BUFFER_BYTES):
-                data = buffer[: min(BUFFER_BYTES, end - at)]
-                self._read(data, at)
-                total.update(data)
-                read(len(data))
-            self.check(key, total.hexdigest(), xxh3[key])
+            self.check(key, self.sum(key, read), xxh3[key])
+
+    def sum(self, key: str, read: Callable[[int], object]) -> str:
+        """The checksum of a tensor as it is in the file; `read` is told of the bytes read."""
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(BUFFER_BYTES))
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        (begin, end), total = self._places[key], xxhash.xxh3_64()
+        for at in range(begin, end, BUFFER_BYTES):
+            data = self._buffer[: min(BUFFER_BYTES, end - at)]
+            self._read(data, at)
+            total.update(data)
+            read(len(data))
+        return total.hexdigest()
+
+    def forget(self, key: str) -> None:
+        """What lies before a tensor's end need not stay in the system's memory."""
+        # Not what lies behind it: the system has begun to read that.
+        os.posix_fadvise(self._file, 0, self._places[key][1], os.POSIX_FADV_DONTNEED)
 
     def check(self, key: str, found: str, expected: str) -> None:
         """Compares a tensor's checksum with what it must be.

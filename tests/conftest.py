@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import filelock
 import hypothesis
 import pytest
 import torch
+from filesystems import can_mount, mounted
 
 from hift_ext import __version__, ops
 
@@ -28,7 +31,14 @@ hypothesis.settings.load_profile("same")
 MOST_WORKERS = 8  # each holds torch and compiles: a large machine has cores, not the memory
 # Their module's fixtures take seconds to make: one worker runs them all. Not `--dist loadgroup`,
 # which groups nothing under pytest 9.2 (pytest-xdist issue 1386).
-TOGETHER = {"test_gpu_check", "test_machine_code", "test_state_dict", "test_triton_compile"}
+TOGETHER = {
+    "test_gpu_check",
+    "test_machine_code",
+    "test_reflink",
+    "test_reflink_faults",
+    "test_state_dict",
+    "test_triton_compile",
+}
 
 
 def _flushes() -> bool:
@@ -125,6 +135,26 @@ SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
         "this torch has no C exchange of tensors: each is looked at from Python",
         lambda: hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
     ),
+    "reflink": (
+        12,
+        "no XFS of its own can be mounted (by root, with loop devices and xfsprogs)",
+        lambda: can_mount("xfs"),
+    ),
+    "btrfs": (
+        13,
+        "no Btrfs of its own can be mounted (by root, with loop devices and btrfs-progs)",
+        lambda: can_mount("btrfs"),
+    ),
+    "ext4": (
+        14,
+        "no ext4 of its own can be mounted (by root, with loop devices)",
+        lambda: can_mount("ext4"),
+    ),
+    "tmpfs": (
+        15,
+        "no file system in memory at /dev/shm",
+        Path("/dev/shm").is_dir,
+    ),
 }
 
 
@@ -218,6 +248,30 @@ def _build_cuda_sim(folder: Path) -> None:
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("xfs", marks=pytest.mark.needs("reflink")),
+        pytest.param("btrfs", marks=pytest.mark.needs("btrfs")),
+    ],
+)
+def reflinks(request, tmp_path_factory):
+    """A file system that shares blocks."""
+    with mounted(request.param, tmp_path_factory.mktemp("disk")) as place:
+        yield place
+
+
+@pytest.fixture
+def disk(reflinks, monkeypatch, caplog):
+    """An empty folder there, where unlinked page files are put, too."""
+    folder = reflinks / "test"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    caplog.set_level(logging.INFO, "hift_ext")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,8 @@ def test_checkpoint(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in result["rows"]}
     saves, loads = {"save from ram", "save from disk"}, {"load to ram", "load to disk"}
     plain = {"plain write", "plain read", "plain copy", "read into new memory"}
-    assert rows.keys() == plain | saves | loads | {"resume in ram", "resume in disk"}
+    shared = {"save copying from disk"}  # where the file system shares blocks
+    assert rows.keys() - shared == plain | saves | loads | {"resume in ram", "resume in disk"}
     for row in rows.values():
         assert row["bytes"] - (32 << 20) in range(1, 1 << 14)
         assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)

@@ -28,6 +28,13 @@ class FileStore final : public Store {
   std::int64_t bytes() const override { return bytes_; }
   std::string description() const override;
   std::string folder() const override { return file_.folder; }
+  int file() const override {
+    owner_.check("the page file");
+    return file_.fd.get();
+  }
+  std::int64_t record_begin(const Page& page) const override {
+    return kFileHeaderBytes + page.offset;
+  }
 
   bool direct() const { return why_buffered_.empty(); }
   const std::string& why_buffered() const { return why_buffered_; }

@@ -35,7 +35,9 @@ class Store {
   /// Whether pages that were never written read as zero.
   virtual bool zeroed() const { return false; }
 
-  virtual std::string folder() const { return ""; }  // of the file, if it is one
+  virtual std::string folder() const { return ""; }                   // of the file, if it is one
+  virtual int file() const { return -1; }                             // its descriptor
+  virtual std::int64_t record_begin(const Page&) const { return 0; }  // bytes of it before a page
 
   virtual std::int64_t bytes() const = 0;       // reserved: slab or file size
   virtual std::string description() const = 0;  // for messages: "ram", "disk:/path", with

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 import hift_ext
 from hift_ext import backend, engines, layout, ops
+from hift_ext.shards import bytes_of
 
 DEVICE = torch.device("cuda", 1)
 sim = ctypes.CDLL(_hift_ext.__file__)
@@ -113,6 +115,26 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def check_page_file(optimizer: hift_ext.HiFTOptimizer) -> int:
+    """Whether a page file has what the engine reads; the number of values compared."""
+    engine, compared = optimizer.state.engine, 0
+    engine.flush()
+    for entry in optimizer.state.entries.values():
+        begin = 0
+        for count, touched, offsets in engine._engine.places(entry.group, entry.item):
+            assert touched
+            # Opened anew: the engine's own descriptor may be for direct I/O.
+            with open(f"/proc/self/fd/{engine._engine.file}", "rb") as file:
+                for number, stored in enumerate(engine.stored):
+                    value = torch.empty(stored.numel(count), dtype=stored.dtype)
+                    engine.read(entry.group, entry.item, number, begin, count, value)
+                    there = os.pread(file.fileno(), value.nbytes, offsets[number])
+                    assert there == bytes(bytes_of(value))
+                    compared += value.numel()
+            begin += count
+    return compared
+
+
 def on_cpu(ours: Any, make: Callable[[], nn.Module], options: Any, scaled: bool) -> list[Any]:
     """What a training on the CPU ends with."""
     global on_device
@@ -139,6 +161,7 @@ def on_cuda(
         with ours(cuda, **options, **place) as optimizer:
             found = train(cuda, optimizer, 7, scaled)
             stats = optimizer.stats()
+            assert (check_page_file(optimizer) > 0) == (place["store"] == "disk"), place
             moves = "device" not in place.values() and place.get("staging") != 0
             assert (stats["bytes_out"] > 0) == moves, (place, stats)
             assert not moves or stats["staging_bytes"] > 0, (place, stats)
