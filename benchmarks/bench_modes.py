@@ -140,13 +140,13 @@ def train(
     }
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over SMOOTH values around each, fewer at the ends and alike on both sides."""
-    means = []
-    for index in range(len(values)):
-        reach = min(SMOOTH // 2, index, len(values) - 1 - index)
-        means.append(statistics.fmean(values[index - reach : index + reach + 1]))
-    return means
+def smoothed(values: Sequence[float]) -> dict[int, float]:
+    """The mean over SMOOTH values around each step that has so many."""
+    reach = min(SMOOTH // 2, (len(values) - 1) // 2)
+    return {
+        index + 1: statistics.fmean(values[index - reach : index + reach + 1])
+        for index in range(reach, len(values) - reach)
+    }
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
@@ -157,8 +157,9 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         steps = range(1, 1 + row["steps"])
         panel.plot(steps, row["losses"], color=mode.color, lw=0.6, alpha=0.18)
         label = f"{mode.name}: {row['final_loss']:.3f}, {100 * row['accuracy']:.1f} %"
+        means = smoothed(row["losses"])
         panel.plot(
-            steps, smoothed(row["losses"]), mode.style, color=mode.color, lw=1.8, label=label
+            list(means), list(means.values()), mode.style, color=mode.color, lw=1.8, label=label
         )
     panel.set_xlabel("step")
     panel.set_ylabel(f"training loss (mean of {SMOOTH} steps; faint: each step's)")
