@@ -41,6 +41,9 @@ class ActiveReduction:
         self._total = 0
         # Of the backward under way, on the CPU: what is sent, and the future of its bucket.
         self._sent: list[tuple[list[Any], torch.futures.Future[torch.Tensor], torch.Tensor]] = []
+        # Of the last backward. Python lets go of what it sent after gloo's threads have: the last
+        # to do so must be able to take Python's lock, which aborts the process when it is ending.
+        self._parts: list[torch.Tensor] = []
 
     def stats(self) -> dict[str, int]:
         """What the last synchronised backward handed to all-reduce, and what DDP would have.
@@ -61,11 +64,13 @@ class ActiveReduction:
         if bucket.index() == 0:  # DDP goes through them in order
             self._last = dict.fromkeys(self._last, 0)
             self._sent.clear()  # of a backward that failed
+            self._parts.clear()
         self._last["ddp_bytes"] += buffer.numel() * buffer.element_size()
         world = self._group.size()
         works = []
         for begin, end in _active_runs(bucket):
             part = buffer[begin:end].div_(world)
+            self._parts.append(part)
             works.append(dist.all_reduce(part, group=self._group, async_op=True))
             sent = part.numel() * part.element_size()
             self._last["bytes"] += sent

@@ -263,6 +263,35 @@ def test_one_group_takes_any_ddp(ranks) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def on_held() -> list[bool]:
+    _, optimizer, around = wrapped("optimizer last")
+    reduction = distributed.reduce_active(around, optimizer)
+    whole, sent = dist.all_reduce, []
+
+    def all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
+        sent.append(tensor)
+        return whole(tensor, **options)
+
+    told = []
+    distributed.dist.all_reduce = all_reduce
+    try:
+        for tokens in share(models.batches(3)):
+            sent.clear()
+            models.loss_of(around, tokens).backward()
+            held = reduction._parts
+            told.append(len(sent) > 0 and list(map(id, held)) == list(map(id, sent)))
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        distributed.dist.all_reduce = whole
+    return told
+
+
+def test_what_was_sent_outlives_the_threads_that_sent_it(ranks) -> None:
+    """Else one of gloo's threads deletes a Python object, which aborts a process at its end."""
+    assert ranks.run(on_held) == [[True] * 3] * 2
+
+
 def on_different(hook: bool, **options: list[Any]) -> str:
     model, rank = models.tiny(), dist.get_rank()
     mine = {name: values[rank] for name, values in options.items()}
