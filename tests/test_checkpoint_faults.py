@@ -9,26 +9,20 @@ import errno
 import fcntl
 import os
 import resource
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from checkpoint_rig import alone, killed, refused_at_every_call, visits
 from torch import nn
 
 import hift_ext
 from hift_ext import replace
-
-CALLS = ("mkdir", "open", "pwrite", "write", "fsync", "rename", "close", "rmdir", "unlink")
-"""Of the os module: what saving changes the disk with."""
 
 
 def make(steps: int) -> hift_ext.AdamW:
@@ -38,78 +32,21 @@ def make(steps: int) -> hift_ext.AdamW:
     return optimizer
 
 
-@contextmanager
-def stopped(at: int, stop: Callable[[str], None]) -> Iterator[list[str]]:
-    """Calls `stop` instead of the `at`-th system call of saving; yields the calls so far."""
-    real = {name: getattr(os, name) for name in CALLS}
-    real_exchange, seen = replace._exchange, []
-
-    def wrapped(name: str) -> Callable:
-        def call(*args, **kwargs):
-            # From the thread that writes shards, too; not from imports.
-            seen.append(name)
-            if len(seen) == at + 1:
-                if name in ("pwrite", "write") and len(args[1]) > 1:
-                    real[name](args[0], args[1][: len(args[1]) // 2], *args[2:])
-                stop(name)
-            return (real_exchange if name == "exchange" else real[name])(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrapped(name))
-    replace._exchange = wrapped("exchange")
-    try:
-        yield seen
-    finally:
-        replace._exchange = real_exchange
-        for name, call in real.items():
-            setattr(os, name, call)
-
-
-def die(_: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-
-
 def kill_at_many_calls(folder: str) -> None:
-    """Runs in a process of its own: children replace copies of a checkpoint and are killed."""
+    """Runs in a process of its own."""
     make(1).close()  # what torch imports at the first optimizer, once for all children
-    number = 0
+    number, exchange = 0, replace._exchange
     for renames in (False, True):
-        survived = False
         number = 1000 + max(number - 16, 0) if renames else 0  # the same calls up to there
-        while not survived:
-            target = Path(folder) / f"{number}" / "saved"
-            shutil.copytree(Path(folder) / "good", target)
-            child = os.fork()
-            if child == 0:
-                try:
-                    optimizer = make(7)
-                    if renames:
-                        replace._exchange = lambda a, b: False
-                    with stopped(number % 1000, die):
-                        hift_ext.save(optimizer, target)
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            status = os.waitpid(child, 0)[1]
-            assert status in (0, signal.SIGKILL), status
-            survived = status == 0
+        replace._exchange = (lambda a, b: False) if renames else exchange
+        while killed(make, Path(folder), number, number % 1000):
             number += 1 if renames else 2  # an error of every call is tried below
-
-
-def visits(optimizer: hift_ext.HiFTOptimizer) -> list[int]:
-    return [entry.visits for entry in optimizer.state.entries.values()]
 
 
 def test_killed_at_many_calls_the_last_checkpoint_is_there(tmp_path) -> None:
     old, new = make(4), make(7)
     hift_ext.save(old, tmp_path / "good")
-    code = f"import test_checkpoint_faults as t; t.kill_at_many_calls({str(tmp_path)!r})"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    alone("test_checkpoint_faults", f"kill_at_many_calls({str(tmp_path)!r})")
     found, recovered = {4: 0, 7: 0}, 0
     runs = [run for run in tmp_path.iterdir() if run.name != "good"]
     for run in runs:
@@ -129,37 +66,11 @@ def test_killed_at_many_calls_the_last_checkpoint_is_there(tmp_path) -> None:
     assert recovered >= 1  # between two renames
 
 
-def test_an_error_of_any_call_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
-    old, new = make(4), make(7)
-    for renames in (False, True):
-        if renames:
-            monkeypatch.setattr(replace, "_exchange", lambda a, b: False)
-        at, said = 0, []
-        while True:
-            target = tmp_path / f"{renames}-{at}" / "saved"
-            target.parent.mkdir()
-            hift_ext.save(old, target)
-
-            def refuse(name: str) -> None:
-                raise OSError(errno.EIO, f"no {name} today")
-
-            with stopped(at, refuse) as seen:
-                try:
-                    hift_ext.save(new, target)
-                except OSError as error:
-                    said.append(f"{error} {error.__cause__}")
-            if len(seen) <= at:
-                break
-            again = make(0)
-            hift_ext.load(again, target)
-            assert visits(again) in (visits(old), visits(new))
-            hift_ext.save(new, target)
-            hift_ext.load(again, target)
-            assert visits(again) == visits(new)
-            at += 1
-        assert at > 10
-        assert len(said) > 5
-        assert all("today" in text for text in said)
+@pytest.mark.parametrize("renames", [False, True])
+def test_an_error_of_any_call_leaves_the_last_checkpoint(renames, tmp_path, monkeypatch) -> None:
+    if renames:
+        monkeypatch.setattr(replace, "_exchange", lambda a, b: False)
+    refused_at_every_call(make, tmp_path)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_rig import stopped
 from ranks import Ranks, message_of, pair, share
-from test_checkpoint_faults import stopped
 from test_checkpoint_ranks import begun, load, save
 from test_sharded import made, same, sharded, whole_state
 from torch import nn
