@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that pages and the monitor need of a GPU, by torch: streams, events, memory, copies, time.
+"""All that pages and the monitor's clock need of a GPU, by torch: streams, events, memory, copies.
 
 Nothing else of theirs in Python touches a device: tests put a simulated one in its place.
 """
