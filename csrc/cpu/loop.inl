@@ -5,6 +5,7 @@
 
 #include "core/dtype.h"
 #include "core/span.h"
+#include "cpu/ahead.inl"
 #include "cpu/table.h"
 #include "rules/all.h"
 
@@ -44,12 +45,18 @@ void update_range(const Span& span, std::int64_t begin, std::int64_t end, float 
   [[maybe_unused]] float* __restrict state0 = static_cast<float*>(span.state[0]);
   [[maybe_unused]] float* __restrict state1 = static_cast<float*>(span.state[1]);
   [[maybe_unused]] float* __restrict state2 = static_cast<float*>(span.state[2]);
+  const auto ask_ahead = [&](std::int64_t at) HIFT_LAMBDA {
+    ask_stretch<Rule::states>(at, param, grad, state0, state1, state2);
+  };
+  const auto update = [&](std::int64_t from, std::int64_t to) HIFT_LAMBDA {
 #pragma omp simd
-  for (std::int64_t i = begin; i < end; ++i) {
-    float p = load(param[i]);
-    apply<Rule>(p, load(grad[i]) * grad_factor, &state0[i], &state1[i], &state2[i], h);
-    store(param[i], p);
-  }
+    for (std::int64_t i = from; i < to; ++i) {
+      float p = load(param[i]);
+      apply<Rule>(p, load(grad[i]) * grad_factor, &state0[i], &state1[i], &state2[i], h);
+      store(param[i], p);
+    }
+  };
+  in_stretches(begin, end, ask_ahead, update);
 }
 
 template <class Rule>

@@ -4,12 +4,14 @@
 
 #include "core/dtype.h"
 #include "core/norm.h"
+#include "cpu/ahead.inl"
 #include "cpu/table.h"
 
 namespace hift::HIFT_NS {
 
 template <class Grad>
 void square_sums_of(const Gradient& gradient, std::int64_t begin, std::int64_t end, double* sums) {
+  constexpr std::int64_t ahead = sizeof(Grad) == sizeof(float) ? kAhead : 3 * kAhead;
   for (std::int64_t block = begin; block < end; ++block) {
     const Grad* at = static_cast<const Grad*>(gradient.data) + block * kNormBlock;
     const std::int64_t left = gradient.count - block * kNormBlock;
@@ -18,6 +20,7 @@ void square_sums_of(const Gradient& gradient, std::int64_t begin, std::int64_t e
     for (std::int64_t row = 0; row < count; row += kNormColumns) {
       const std::int64_t here = count - row;
       if (here >= kNormColumns) {
+        ask(at + row, kNormColumns, sizeof(Grad), ahead);
 #pragma omp simd
         for (int c = 0; c < kNormColumns; ++c) column[c] = add_square(column[c], load(at[row + c]));
       } else {

@@ -4,6 +4,7 @@
 
 #include "core/precision.h"
 #include "core/span.h"
+#include "cpu/ahead.inl"
 #include "rules/all.h"
 
 namespace hift::HIFT_NS {
@@ -45,28 +46,34 @@ void update_words(const Span& span, std::int64_t skipped, std::int64_t words, st
   [[maybe_unused]] Word* __restrict state2 = const_cast<Word*>(word_of(span.state[2]));
   [[maybe_unused]] const auto element =
       static_cast<std::uint32_t>(span.shard + span.first + skipped);
+  const auto ask_ahead = [&](std::int64_t at) HIFT_LAMBDA {
+    ask_stretch<Rule::states>(at, param, grad, state0, state1, state2);
+  };
+  const auto update = [&](std::int64_t from, std::int64_t to) HIFT_LAMBDA {
 #pragma omp simd
-  for (std::int64_t i = 0; i < words; ++i) {
-    float p0 = first_of(param[i]), p1 = second_of(param[i]);
-    float a0 = 0, a1 = 0, b0 = 0, b1 = 0, c0 = 0, c1 = 0;
-    if constexpr (Rule::states > 0) a0 = first_of(state0[i]), a1 = second_of(state0[i]);
-    if constexpr (Rule::states > 1) b0 = first_of(state1[i]), b1 = second_of(state1[i]);
-    if constexpr (Rule::states > 2) c0 = first_of(state2[i]), c1 = second_of(state2[i]);
-    apply<Rule>(p0, first_of(grad[i]) * grad_factor, &a0, &b0, &c0, h);
-    apply<Rule>(p1, second_of(grad[i]) * grad_factor, &a1, &b1, &c1, h);
+    for (std::int64_t i = from; i < to; ++i) {
+      float p0 = first_of(param[i]), p1 = second_of(param[i]);
+      float a0 = 0, a1 = 0, b0 = 0, b1 = 0, c0 = 0, c1 = 0;
+      if constexpr (Rule::states > 0) a0 = first_of(state0[i]), a1 = second_of(state0[i]);
+      if constexpr (Rule::states > 1) b0 = first_of(state1[i]), b1 = second_of(state1[i]);
+      if constexpr (Rule::states > 2) c0 = first_of(state2[i]), c1 = second_of(state2[i]);
+      apply<Rule>(p0, first_of(grad[i]) * grad_factor, &a0, &b0, &c0, h);
+      apply<Rule>(p1, second_of(grad[i]) * grad_factor, &a1, &b1, &c1, h);
 
-    std::uint32_t x0 = 0, x1 = 0, y0 = 0, y1 = 0;  // random
-    if constexpr (kStochastic) {
-      const std::uint32_t at = element + 2 * static_cast<std::uint32_t>(i);
-      x0 = random_bits(key, 0, at), x1 = random_bits(key, 0, at + 1);
-      if constexpr (Rule::states > 1)
-        y0 = random_bits(key, 1, at), y1 = random_bits(key, 1, at + 1);
+      std::uint32_t x0 = 0, x1 = 0, y0 = 0, y1 = 0;  // random
+      if constexpr (kStochastic) {
+        const std::uint32_t at = element + 2 * static_cast<std::uint32_t>(i);
+        x0 = random_bits(key, 0, at), x1 = random_bits(key, 0, at + 1);
+        if constexpr (Rule::states > 1)
+          y0 = random_bits(key, 1, at), y1 = random_bits(key, 1, at + 1);
+      }
+      param[i] = kept<kStochastic>(p0, p1, x0, x1);
+      if constexpr (Rule::states > 0) state0[i] = kept<kStochastic>(a0, a1, x0 >> 16, x1 >> 16);
+      if constexpr (Rule::states > 1) state1[i] = kept<kStochastic>(b0, b1, y0, y1);
+      if constexpr (Rule::states > 2) state2[i] = kept<kStochastic>(c0, c1, y0 >> 16, y1 >> 16);
     }
-    param[i] = kept<kStochastic>(p0, p1, x0, x1);
-    if constexpr (Rule::states > 0) state0[i] = kept<kStochastic>(a0, a1, x0 >> 16, x1 >> 16);
-    if constexpr (Rule::states > 1) state1[i] = kept<kStochastic>(b0, b1, y0, y1);
-    if constexpr (Rule::states > 2) state2[i] = kept<kStochastic>(c0, c1, y0 >> 16, y1 >> 16);
-  }
+  };
+  in_stretches(0, words, ask_ahead, update);
 }
 
 /// As update_range. Runs end where the key of the random numbers changes.

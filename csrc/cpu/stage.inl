@@ -5,6 +5,7 @@
 
 #include "core/precision.h"
 #include "core/span.h"
+#include "cpu/ahead.inl"
 #include "cpu/halves.inl"
 #include "rules/all.h"
 
@@ -225,6 +226,19 @@ void close_state(const Run& run, float* buffer) {
   }
 }
 
+/// For a stretch of every stream of a span, in the block after the next.
+template <class Rule>
+HIFT_INLINE void ask_stretch(const Span& s, std::int64_t at) {
+  const auto of = [at](const void* stream, std::int64_t size) HIFT_LAMBDA {
+    ask(static_cast<const std::byte*>(stream) + at * size, kStretch, size, 2 * kBlock);
+  };
+  of(s.param, size_of(s.param_dtype));
+  of(s.grad, size_of(s.grad_dtype));
+  if (s.weights == Weights::kSplit) of(s.master, sizeof(std::int16_t));
+  if (s.weights == Weights::kMaster) of(s.master, sizeof(float));
+  for (int i = 0; i < Rule::states; ++i) of(s.state[i], size_of(s.state_type));
+}
+
 /// As update_range, for every way of keeping numbers; `begin` starts a block where state is codes.
 template <class Rule>
 void update_staged(const Span& span, std::int64_t begin, std::int64_t end, float grad_factor) {
@@ -261,10 +275,15 @@ void update_staged(const Span& span, std::int64_t begin, std::int64_t end, float
     if constexpr (Rule::states > 0) s0 = open_state<Rule, 0>(run, states[0]);
     if constexpr (Rule::states > 1) s1 = open_state<Rule, 1>(run, states[1]);
     if constexpr (Rule::states > 2) s2 = open_state<Rule, 2>(run, states[2]);
+    const auto update = [&](std::int64_t from, std::int64_t to) HIFT_LAMBDA {
 #pragma omp simd
-    for (std::int64_t i = 0; i < run.count; ++i) {
-      apply<Rule>(p[i], g[i] * grad_factor, &s0[i], &s1[i], &s2[i], h);
-    }
+      for (std::int64_t i = from; i < to; ++i) {
+        apply<Rule>(p[i], g[i] * grad_factor, &s0[i], &s1[i], &s2[i], h);
+      }
+    };
+    const auto ask_ahead = [&](std::int64_t from)
+                               HIFT_LAMBDA { ask_stretch<Rule>(span, at + from); };
+    in_stretches(0, run.count, ask_ahead, update);
     if (span.param_dtype != DType::kFloat32) narrow_weights(run, weights);
     if constexpr (Rule::states > 0) close_state<Rule, 0>(run, s0);
     if constexpr (Rule::states > 1) close_state<Rule, 1>(run, s1);

@@ -16,13 +16,15 @@ class Buffer {
  public:
   Buffer(std::int64_t count, int offset, std::size_t element)
       : lines_(3 + (count + offset) * element / sizeof(Line)),
-        begin_(sizeof(Line) + offset * element) {
+        begin_(sizeof(Line) + offset * element),
+        bytes_(count * element) {
     std::memset(lines_.data(), 0xa5, lines_.size() * sizeof(Line));
   }
   template <class T>
   T* as() {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(lines_.data()) + begin_);
   }
+  std::size_t bytes() const { return bytes_; }
   bool operator==(const Buffer& other) const {
     return std::memcmp(lines_.data(), other.lines_.data(), lines_.size() * sizeof(Line)) == 0;
   }
@@ -32,7 +34,7 @@ class Buffer {
     unsigned char bytes[64];
   };
   std::vector<Line> lines_;
-  std::size_t begin_;
+  std::size_t begin_, bytes_;
 };
 
 }  // namespace hift_test
