@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -154,6 +155,21 @@ SKIPS: dict[str, tuple[int, str, Callable[[], bool]]] = {
         15,
         "no file system in memory at /dev/shm",
         Path("/dev/shm").is_dir,
+    ),
+    "decoupled_adam": (
+        16,
+        "this torch's Adam knows no decoupled_weight_decay",
+        lambda: "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters,
+    ),
+    "fsdp2_on_cpu": (
+        17,
+        "this torch's fully_shard asks a CPU's stream for events, which it has not",
+        lambda: hasattr(torch.cpu.Stream, "record_event"),
+    ),
+    "compile": (
+        18,
+        "torch before 2.7 compiles nothing anew when requires_grad has changed",
+        lambda: tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7),
     ),
 }
 

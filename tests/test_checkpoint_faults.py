@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import resource
 import threading
@@ -285,6 +286,7 @@ def test_a_state_dict_of_what_is_on_disk_is_not_in_anonymous_memory(tmp_path) ->
     )
     assert unlinked_files() > before
     del entry, saved
+    gc.collect()  # torch 2.6's save() leaves a cycle
     assert unlinked_files() == before
     optimizer.close()
 

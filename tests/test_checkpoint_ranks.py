@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_
 import hift_ext
 from hift_ext import loading, manifest
 
+pytestmark = pytest.mark.needs("fsdp2_on_cpu")
+
 END = 14
 ORDER = {"order": "random", "seed": 1}
 WAYS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 
 import hift_ext
 
+pytestmark = pytest.mark.needs("compile")
+
 GROUPS = 4
 CONFIG = torch._dynamo.config
 LIMIT = "recompile_limit" if hasattr(CONFIG, "recompile_limit") else "cache_size_limit"  # torch 2.6

@@ -311,6 +311,7 @@ def equal(a: Any, b: Any) -> bool:
     )
 
 
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_every_rank_shares_its_page_file(disk) -> None:
     (state, shared), (_, others) = pair().run(on_save, disk)
     assert min(shared, others) > 4096

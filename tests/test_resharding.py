@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+pytestmark = pytest.mark.needs("fsdp2_on_cpu")
+
 END = 14
 TOOLS = ["full", "sharded", "own"]
 

@@ -272,6 +272,7 @@ def test_not_finite_where_torch_is_not_finite(case):
                     np.testing.assert_array_equal(kind(mine), kind(other), name)
 
 
+@pytest.mark.needs("decoupled_adam")
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_adam_with_decoupled_decay_is_adamw(amsgrad):
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,8 @@ from torch import nn
 import hift_ext
 from hift_ext import distributed, sharding, update
 
+pytestmark = pytest.mark.needs("fsdp2_on_cpu")
+
 STEPS = 11
 GROUPS = [["embedding"], ["blocks.0"], ["blocks.1"], ["scale"], ["norm", "head"]]
 

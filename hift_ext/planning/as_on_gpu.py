@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class AsOnGpu(TorchFunctionMode):
     - Attention with dropout is still fused on a GPU, which keeps a seed; the CPU would fall back to
       the mathematical form, which keeps the whole matrix.
     - float32 attention with fewer key-value heads has no fused kernel on a GPU; on the CPU it has.
+    - In 16 bits it has one on a GPU. Where the CPU's takes no fewer heads (torch 2.6), they are
+      repeated: that keeps them whole, not the matrix.
     """
 
     def __torch_function__(
@@ -42,6 +45,22 @@ def _dropout(
     return F.dropout(input, p, training, inplace)
 
 
+def _flash_shares_heads() -> bool:
+    """Whether the CPU's fused attention takes fewer key-value heads."""
+    query = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16)
+    key = query[:, :1]
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        warnings.simplefilter("ignore")  # of why it does not
+        try:
+            F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        except RuntimeError:
+            return False
+    return True
+
+
+_SHARES_HEADS = _flash_shares_heads()
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -56,4 +75,8 @@ def _attention(
     if enable_gqa and query.dtype == torch.float32:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **given)
+    if enable_gqa and not _SHARES_HEADS:
+        repeats = query.size(-3) // key.size(-3)
+        key, value = (heads.repeat_interleave(repeats, -3) for heads in (key, value))
+        enable_gqa = False
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **given)

@@ -7,7 +7,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 build=$(mktemp -d "${TMPDIR:-/tmp}/hift-sanitizers-XXXXXX")
-jobs=$((($(nproc) + 1) / 2)) # of each sanitizer
+jobs=$(nproc) # of each sanitizer: the one that ends later has all cores then
 
 # A sanitizer's report must end the program, in forked children too.
 export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ${TSAN_OPTIONS:-}"
@@ -25,38 +25,19 @@ if [ -z "${CUDA_HEADERS:-}" ]; then
   done
 fi
 
-cpp_tests() {
+# With ThreadSanitizer each stream of the simulated runtime is a thread of its own, so that a missing
+# wait is reported even where the result was right.
+all_of() {
   local sanitizer=$1 folder=$build/$1
   shift
   echo "== $sanitizer"
-  cmake -S "$here" -B "$folder" -G Ninja -DSANITIZE="$sanitizer" >/dev/null
+  if [ -z "${CUDA_HEADERS:-}" ]; then
+    echo "no headers of CUDA's runtime: the simulated one is left out (set CUDA_HEADERS)"
+  fi
+  cmake -S "$here" -B "$folder" -G Ninja -DSANITIZE="$sanitizer" \
+    -DCUDA_HEADERS="${CUDA_HEADERS:-}" >/dev/null
   cmake --build "$folder" -j "$jobs" -- --quiet
   "${fixed[@]}" ctest --test-dir "$folder" -j "$jobs" --output-on-failure "$@"
-}
-
-# With ThreadSanitizer each stream is a thread of its own, so that a missing wait is reported even
-# where the result was right.
-cuda_sim() {
-  local sanitizer=$1 folder=$build/cuda-$1
-  echo "== $sanitizer, simulated CUDA runtime"
-  cmake -S "$here/../cuda_sim" -B "$folder" -G Ninja -DSANITIZE="$sanitizer" \
-    -DCUDA_HEADERS="$CUDA_HEADERS" >/dev/null
-  cmake --build "$folder" -j "$jobs" -- --quiet
-  "${fixed[@]}" "$folder/test_mover"
-  "${fixed[@]}" "$folder/test_schedules" 20
-  if [ "$sanitizer" = address ]; then
-    "$folder/test_sim"
-    "$folder/test_faults" 101
-  fi
-}
-
-all_of() {
-  cpp_tests "$@"
-  if [ -n "${CUDA_HEADERS:-}" ]; then
-    cuda_sim "$1"
-  else
-    echo "== $1: no headers of CUDA's runtime: the simulated one is left out (set CUDA_HEADERS)"
-  fi
 }
 
 # One sanitizer's output at a time: the other's is kept until its end. `set -e` has no effect in a
