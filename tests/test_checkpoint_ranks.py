@@ -23,8 +23,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_
 import hift_ext
 from hift_ext import loading, manifest
 
-pytestmark = pytest.mark.needs("fsdp2_on_cpu")
-
 END = 14
 ORDER = {"order": "random", "seed": 1}
 WAYS: dict[str, dict[str, Any]] = {
@@ -99,6 +97,7 @@ def on_resume(way: str, how: str, stop: int, steps_before: int, path: Path) -> A
         ("8bit", "blocks", 8, 6),
     ],
 )
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_saved_on_two_and_resumed_on_two(way, how, stop, before, ranks, tmp_path) -> None:
     (weights, state), again = ranks.run(on_save, way, how, stop, tmp_path)
     same(again, (weights, state))
@@ -109,6 +108,7 @@ def test_saved_on_two_and_resumed_on_two(way, how, stop, before, ranks, tmp_path
 
 
 @pytest.mark.parametrize(("way", "stop"), [("plain", 8), ("disk", 3), ("split", 8)])
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_saved_on_two_and_resumed_on_one(way, stop, ranks, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(loading, "LOAD_STEP", 256)  # several pieces a parameter
     weights, state = ranks.run(on_save, way, "root", stop, tmp_path)[0]
@@ -120,6 +120,7 @@ def test_saved_on_two_and_resumed_on_one(way, stop, ranks, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("way", "before"), [("plain", 0), ("disk", 6), ("split", 6)])
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_saved_on_one_and_resumed_on_two(way, before, ranks, tmp_path) -> None:
     model, optimizer = begun(way, None)
     train_alone(model, optimizer, models.batches(END)[:8])
@@ -130,6 +131,7 @@ def test_saved_on_one_and_resumed_on_two(way, before, ranks, tmp_path) -> None:
         same(state, whole_state(optimizer))
 
 
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_each_rank_writes_its_rows(ranks, tmp_path) -> None:
     ranks.run(on_save, "plain", "blocks", 8, tmp_path)
     model, optimizer = begun("plain", None)
@@ -195,6 +197,7 @@ def on_even(path: Path | None) -> Any:
     return {name: whole(p) for name, p in model.named_parameters()}, whole_state(optimizer)
 
 
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_8_bit_state_whose_blocks_are_not_cut_is_one_process_s(ranks, tmp_path) -> None:
     model, optimizer = even(cut=False)
     train_alone(model, optimizer, models.batches(8))
@@ -212,6 +215,7 @@ def on_8bit(steps: int) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_8_bit_blocks_are_counted_from_each_rank_s_first_element(ranks) -> None:
     """Two ranks are one process whose parameters are cut into as many tensors."""
     model = plain()
@@ -247,6 +251,7 @@ def test_8_bit_blocks_are_counted_from_each_rank_s_first_element(ranks) -> None:
     assert models.changed(models.weights(one), model)  # the cut does tell
 
 
+@pytest.mark.needs("fsdp2_on_cpu")
 def test_8_bit_state_cut_elsewhere_goes_by_way_of_float32(ranks, tmp_path, monkeypatch) -> None:
     """As load_state_dict, which goes another way, makes of it."""
     monkeypatch.setattr(loading, "LOAD_STEP", 256)

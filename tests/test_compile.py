@@ -16,8 +16,6 @@ from torch._dynamo.utils import counters
 
 import hift_ext
 
-pytestmark = pytest.mark.needs("compile")
-
 GROUPS = 4
 CONFIG = torch._dynamo.config
 LIMIT = "recompile_limit" if hasattr(CONFIG, "recompile_limit") else "cache_size_limit"  # torch 2.6
@@ -64,6 +62,7 @@ def blocks(model: nn.Module, backend: str) -> tuple[nn.Module, hift_ext.HiFTOpti
     return model, hift_ext.AdamW(model, lr=1e-2)
 
 
+@pytest.mark.needs("compile")
 @pytest.mark.parametrize(
     ("way", "backend"),
     [(before, "aot_eager"), (after, "aot_eager"), (in_place, "eager"), (blocks, "aot_eager")],
@@ -126,6 +125,7 @@ def test_evaluation_between_steps() -> None:
     assert len(set(seen[GROUPS - 1 :])) == 1
 
 
+@pytest.mark.needs("compile")
 def test_the_trainer_s_torch_compile(tmp_path) -> None:
     made = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
 from hift_ext.layers import make_groups
-from hift_ext.planning import models
+from hift_ext.planning import as_on_gpu, models
 from hift_ext.planning.trace import Trace, Workload, trace, trace_full, trace_lora
 from hift_ext.planning.workload import loss_of, make_inputs, make_model
 
@@ -202,6 +202,15 @@ class Attention(nn.Module):
         return out.float().sum()
 
 
+def attending(length: int, kv_heads: int, dropout: float, dtype: torch.dtype) -> Workload:
+    return Workload(
+        lambda: Attention(kv_heads, dropout, dtype),
+        batch=2,
+        seq=length,
+        inputs=lambda batch, seq: {"x": torch.zeros(batch, seq, 64, dtype=dtype)},
+    )
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "dropout", "dtype", "matrix"),
     [
@@ -215,15 +224,18 @@ def test_attention_keeps_the_matrix_where_a_gpu_does(
     kv_heads: int, dropout: float, dtype: torch.dtype, matrix: bool
 ) -> None:
     length = 256
-    work = Workload(
-        lambda: Attention(kv_heads, dropout, dtype),
-        batch=2,
-        seq=length,
-        inputs=lambda batch, seq: {"x": torch.zeros(batch, seq, 64, dtype=dtype)},
-    )
-    traced = trace_full(work)
+    work = attending(length, kv_heads, dropout, dtype)
     whole = 2 * 4 * length * length * dtype.itemsize
-    assert (traced.backward.activations > whole) == matrix
+    assert (trace_full(work).backward.activations > whole) == matrix
+
+
+def test_heads_are_repeated_where_the_cpu_s_kernel_takes_no_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with torch 2.6: keys and values are kept for every head, the matrix is not."""
+    whole = trace_full(attending(256, 4, 0.0, BF16)).backward.activations
+    monkeypatch.setattr(as_on_gpu, "_SHARES_HEADS", False)
+    assert trace_full(attending(256, 2, 0.0, BF16)).backward.activations == whole
 
 
 # Positions that are not executed ------------------------------------------------------------------

@@ -11,6 +11,7 @@ namespace hift::HIFT_NS {
 
 template <class Grad>
 void square_sums_of(const Gradient& gradient, std::int64_t begin, std::int64_t end, double* sums) {
+  // One short stream: 16-bit elements go by too fast for the usual distance.
   constexpr std::int64_t ahead = sizeof(Grad) == sizeof(float) ? kAhead : 3 * kAhead;
   for (std::int64_t block = begin; block < end; ++block) {
     const Grad* at = static_cast<const Grad*>(gradient.data) + block * kNormBlock;
